@@ -1,0 +1,536 @@
+"""The configuration of a run: typed, frozen, with its defaults here and nowhere else.
+
+In: a YAML file (`extends:` names another one to start from) and `a.b=c` overrides. Out: a `Config`.
+Everything wrong with a file is reported at once, as one ConfigError. What depends on the number of
+processes is checked by `batch_layout`, what depends on the corpus by `msm_dist.data.plan`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from msm_dist.errors import ConfigError
+
+REPORTED_AT_ONCE = 40
+
+
+class Geometry(NamedTuple):
+    """Widths, depths and head counts of encoder and decoder."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+
+
+MODEL_SIZES = {
+    "tiny": Geometry(192, 4, 3, 96, 2, 3),
+    "base": Geometry(768, 12, 12, 384, 4, 6),
+    "large": Geometry(1024, 24, 16, 512, 8, 16),
+    "huge": Geometry(1280, 32, 16, 512, 8, 16),
+    "giant": Geometry(1536, 40, 24, 512, 8, 16),
+}
+
+
+class Run(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Where a run lives. The folder dir/name is the run's identity: the same command again continues it."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run folder: letters, digits, '.', '_' and '-'."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class Data(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The corpus, the order in which it is served and how a clip is cut."""
+
+    shards: str | list[str] = "data/audioset"
+    """Folder with index.json, or tar shards as a path, a brace pattern or a list of them."""
+    valid_shards: str | list[str] | None = None
+    """Held-out shards for validation; none: no validation."""
+    lanes: int | None = Field(None, ge=1)
+    """Parallel streams the corpus is cut into; none: as many as the corpus allows."""
+    block: int = Field(8, ge=1)
+    """Consecutive crops taken from one lane."""
+    num_workers: int = Field(4, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_window: int = Field(1024, ge=1)
+    """Clips within which a lane is permuted."""
+    crop_frames: int = Field(208, ge=1)
+    """Length of a crop in log-mel frames (208 = 2.08 s)."""
+    crops_per_clip: int = Field(1, ge=1)
+    """Crops cut from a clip each time it is served."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of clips that may fail to decode before the run stops."""
+    allow_missing_shards: bool = False
+    """Start although shards of the index are missing; their slots are filled from neighbours."""
+    verify: Literal["size", "digest"] = "size"
+    """What of each shard is compared with the index at the start: its size, or its sha256 (reads all of it)."""
+
+
+class Features(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The log-mel front end (RECIPE of the method: 16 kHz, 25 ms window, 10 ms hop, 80 Slaney mels)."""
+
+    sample_rate: int = Field(16000, ge=1)
+    """Samples per second."""
+    n_fft: int = Field(400, ge=2)
+    """Points of the Fourier transform."""
+    win: int = Field(400, ge=2)
+    """Window length in samples."""
+    hop: int = Field(160, ge=1)
+    """Step between frames in samples."""
+    n_mels: int = Field(80, ge=1)
+    """Mel bands."""
+    fmin: float = Field(50.0, ge=0)
+    """Lowest frequency in Hz."""
+    fmax: float = Field(8000.0, gt=0)
+    """Highest frequency in Hz."""
+    mean: float | None = None
+    """Mean of the corpus' log-mel; none: from the index."""
+    std: float | None = Field(None, gt=0)
+    """Standard deviation of the corpus' log-mel; none: from the index."""
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a waveform: 1 + samples // hop."""
+        return 1 + num_samples // self.hop
+
+    def crop_samples(self, num_frames: int) -> int:
+        """Samples that `num_frames` uncentred windows read: hop * (frames - 1) + n_fft."""
+        return self.hop * (num_frames - 1) + self.n_fft
+
+    def front_end(self) -> dict[str, Any]:
+        """What must agree for two log-mels to be comparable (everything but mean and std)."""
+        return self.model_dump(exclude={"mean", "std"})
+
+
+class Model(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The masked autoencoder. Either `size`, or all of embed_dim, depth, num_heads; none of them is base."""
+
+    size: Literal["tiny", "base", "large", "huge", "giant"] | None = None
+    """A named geometry."""
+    embed_dim: int | None = Field(None, ge=1)
+    """Encoder width."""
+    depth: int | None = Field(None, ge=1)
+    """Encoder blocks."""
+    num_heads: int | None = Field(None, ge=1)
+    """Encoder heads."""
+    decoder_embed_dim: int | None = Field(None, ge=1)
+    """Decoder width; none: that of the size (of base for a custom encoder)."""
+    decoder_depth: int | None = Field(None, ge=1)
+    """Decoder blocks; none: likewise."""
+    decoder_num_heads: int | None = Field(None, ge=1)
+    """Decoder heads; none: likewise."""
+    patch_size: str = "16x16"
+    """Patch as frequency x time, in mel bands and frames."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of patches hidden from the encoder."""
+    cls_token: bool = True
+    """Prefix the encoder's sequence with a learnt CLS token."""
+    key_bias: bool = False
+    """Give the keys of the attention a bias too (the paper has query and value biases only)."""
+    decoder_positions: Literal["1d", "2d"] = "1d"
+    """Position table of the decoder: 1-D over the flat patch index (the paper), or 2-D as in the encoder."""
+    normalize_targets: bool = False
+    """Normalise each target patch by its own mean and deviation."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Kernels: auto takes Triton on a GPU where it exists, the reference on a CPU; logged at the start."""
+
+    @field_validator("patch_size", mode="before")
+    @classmethod
+    def _patch_size(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            value = f"{value[0]}x{value[1]}"
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(value)):
+            raise ValueError("a patch is bands x frames, such as 16x16")
+        return value
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Patch height (bands) and width (frames)."""
+        bands, frames = self.patch_size.split("x")
+        return int(bands), int(frames)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The resolved widths, depths and heads."""
+        base = MODEL_SIZES[self.size or "base"]
+        return Geometry(*(getattr(self, name) or default for name, default in base._asdict().items()))
+
+
+class Optim(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """AdamW with linear warm-up and a half-cycle cosine to zero, per step."""
+
+    base_lr: float | None = Field(None, gt=0)
+    """Learning rate per 256 clips of global batch (default 3e-4, which is the paper's 1.5e-4 per 128)."""
+    lr: float | None = Field(None, gt=0)
+    """The peak learning rate itself, instead of base_lr."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Warm-up in steps."""
+    warmup_epochs: float | None = Field(None, ge=0)
+    """Warm-up in epochs."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; none on 1-D tensors and biases."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest global gradient norm; none: no clipping."""
+
+
+class Train(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Length, batch, precision and what is written when."""
+
+    steps: int | None = Field(None, ge=1)
+    """Length of the run in steps."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in epochs (passes over the clips)."""
+    global_batch: int = Field(512, ge=1)
+    """Crops in one optimiser step, over all ranks and accumulation."""
+    micro_batch: int = Field(64, ge=1)
+    """Crops in one forward pass of one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the model; masters, gradients' sums, statistics and loss are fp32 in both."""
+    log_every: int = Field(20, ge=1)
+    """Steps between metric lines."""
+    valid_every: int = Field(1000, ge=1)
+    """Steps between validations."""
+    valid_clips: int = Field(512, ge=1)
+    """Clips of the validation set that are used, from its beginning."""
+    pictures_every: int = Field(1000, ge=0)
+    """Steps between reconstruction pictures; 0: only at the end."""
+    trace: bool = False
+    """Write a record per sample: the evidence of what was trained on."""
+
+
+class Checkpoint(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """When to save and what to keep."""
+
+    every: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Also keep, for good, the checkpoints whose step is a multiple of this; 0: none."""
+
+
+class Engine(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """DeepSpeed and the process group."""
+
+    zero_stage: Literal[1] = 1
+    """ZeRO stage; selects configs/deepspeed/zeroN.json."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file of your own instead; what this configuration decides may not be set in it."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """How long a collective may wait for a rank before the run ends."""
+
+
+class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A whole run."""
+
+    run: Run = Run()
+    """Where it lives."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Key of the initial weights, the order, the crops and the masks."""
+    data: Data = Data()
+    """Corpus and order."""
+    features: Features = Features()
+    """Log-mel front end."""
+    model: Model = Model()
+    """Masked autoencoder."""
+    optim: Optim = Optim()
+    """Optimiser and schedule."""
+    train: Train = Train()
+    """Length and batch."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
+    engine: Engine = Engine()
+    """DeepSpeed."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one crop."""
+        height, width = self.model.patch
+        return (self.features.n_mels // height) * (self.data.crop_frames // width)
+
+    @property
+    def num_keep(self) -> int:
+        """Patches the encoder sees: int(L * (1 - ratio)), as the published code has it."""
+        return int(self.num_patches * (1 - self.model.mask_ratio))
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        return (self.optim.base_lr or 3e-4) * self.train.global_batch / 256
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is spread: global_batch = world_size * micro_batch * accumulation."""
+
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    blocks_per_step: int
+    blocks_per_micro_batch: int
+
+
+def batch_layout(cfg: Config, world_size: int) -> BatchLayout:
+    """The layout of a global batch over `world_size` ranks. Raises ConfigError with the valid choices."""
+    batch, micro, block = cfg.train.global_batch, cfg.train.micro_batch, cfg.data.block
+    if batch % (world_size * micro):
+        per_rank = batch // world_size
+        choices = [m for m in range(block, per_rank + 1, block) if batch % (world_size * m) == 0]
+        remedy = (
+            f"with {world_size} processes choose train.micro_batch from {_some(choices)}"
+            if choices
+            else f"make train.global_batch a multiple of {world_size} processes x data.block {block}"
+        )
+        raise ConfigError(
+            f"train.global_batch = {batch}: must be a multiple of {world_size} processes x "
+            f"train.micro_batch {micro} = {world_size * micro}; {remedy}"
+        )
+    return BatchLayout(world_size, micro, batch // (world_size * micro), batch // block, micro // block)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides and check everything. Raises ConfigError."""
+    values = _read_yaml(Path(path), seen=())
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Build a Config from plain values, all faults in one ConfigError that names `source`."""
+    try:
+        cfg = Config.model_validate(values)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        raise ConfigError(_report(source, faults)) from None
+    if faults := list(_conflicts(cfg)):
+        raise ConfigError(_report(source, faults))
+    return cfg
+
+
+def dump_config(cfg: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal Config."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def flat_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {'a.b': value}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flat_items(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _conflicts(cfg: Config) -> Iterable[str]:
+    """Every impossible combination that needs neither corpus nor world size."""
+    height, width = cfg.model.patch
+    mels, frames = cfg.features.n_mels, cfg.data.crop_frames
+    if mels % height:
+        fits = [h for h in range(1, mels + 1) if mels % h == 0]
+        yield (
+            f"model.patch_size = {cfg.model.patch_size}: its height must divide features.n_mels = {mels}; "
+            f"choose a height from {_some(fits)}"
+        )
+    if frames % width:
+        below, above = frames // width * width, (frames // width + 1) * width
+        nearest = f"{below} or {above}" if below else str(above)
+        yield (
+            f"data.crop_frames = {frames}: must be a multiple of the patch width {width} "
+            f"(model.patch_size = {cfg.model.patch_size}); choose {nearest}"
+        )
+    if not (mels % height or frames % width) and not 0 < cfg.num_keep < cfg.num_patches:
+        yield (
+            f"model.mask_ratio = {cfg.model.mask_ratio}: of {cfg.num_patches} patches {cfg.num_keep} stay "
+            "visible; at least one must be visible and one hidden"
+        )
+    yield from _geometry_conflicts(cfg.model)
+    features = cfg.features
+    if features.win > features.n_fft:
+        yield f"features.win = {features.win}: must not exceed features.n_fft = {features.n_fft}"
+    if not features.fmin < features.fmax <= features.sample_rate / 2:
+        yield (
+            f"features.fmin, fmax = {features.fmin}, {features.fmax}: must rise and end at or below half of "
+            f"features.sample_rate = {features.sample_rate}"
+        )
+    if (features.mean is None) != (features.std is None):
+        yield "features.mean and features.std go together: set both, or neither to take the index's"
+    block, crops = cfg.data.block, cfg.data.crops_per_clip
+    if block % crops:
+        yield f"data.block = {block}: must be a multiple of data.crops_per_clip = {crops}; choose {crops} or 2x"
+    if cfg.train.micro_batch % block:
+        micro = max(1, cfg.train.micro_batch // block) * block
+        yield (
+            f"train.micro_batch = {cfg.train.micro_batch}: must be a multiple of data.block = {block}; "
+            f"choose {micro} or {micro + block}"
+        )
+    if cfg.train.global_batch % cfg.train.micro_batch:
+        micro = cfg.train.micro_batch
+        batch = max(1, cfg.train.global_batch // micro) * micro
+        yield (
+            f"train.global_batch = {cfg.train.global_batch}: must be a multiple of train.micro_batch = {micro}; "
+            f"choose {batch} or {batch + micro}"
+        )
+    yield from _exclusive(cfg.train, "train", "steps", "epochs", required=True)
+    yield from _exclusive(cfg.optim, "optim", "base_lr", "lr")
+    yield from _exclusive(cfg.optim, "optim", "warmup_steps", "warmup_epochs")
+    steps, warmup = cfg.train.steps, cfg.optim.warmup_steps
+    if steps is not None and warmup is not None and warmup >= steps:
+        yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}"
+    epochs, warmup_epochs = cfg.train.epochs, cfg.optim.warmup_epochs
+    if epochs is not None and warmup_epochs is not None and warmup_epochs >= epochs:
+        yield f"optim.warmup_epochs = {warmup_epochs}: must be below train.epochs = {epochs}"
+    if cfg.engine.deepspeed and "zero_stage" in cfg.engine.model_fields_set:
+        yield (
+            f"engine.deepspeed = {cfg.engine.deepspeed} and engine.zero_stage = {cfg.engine.zero_stage}: give "
+            "one of them; the stage of your own file is read from it"
+        )
+
+
+def _geometry_conflicts(model: Model) -> Iterable[str]:
+    custom = {name: getattr(model, name) for name in ("embed_dim", "depth", "num_heads")}
+    given = [name for name, value in custom.items() if value is not None]
+    if given and model.size:
+        yield (
+            f"model.{given[0]} = {custom[given[0]]} beside model.size = {model.size}: give a size, or all of "
+            "embed_dim, depth and num_heads, not both"
+        )
+    elif given and len(given) < 3:
+        missing = [name for name in custom if name not in given]
+        yield f"model.{missing[0]} is missing: a custom model needs embed_dim, depth and num_heads together"
+    for prefix in ("", "decoder_"):
+        width = getattr(model.geometry, f"{prefix}embed_dim")
+        heads = getattr(model.geometry, f"{prefix}num_heads")
+        if width % heads:
+            fits = [h for h in range(1, width + 1) if width % h == 0]
+            yield (
+                f"model.{prefix}num_heads = {heads}: must divide model.{prefix}embed_dim = {width}; choose from "
+                f"{_some(fits)}"
+            )
+        if width % 4:
+            yield f"model.{prefix}embed_dim = {width}: must be a multiple of 4 for the 2-D position table"
+
+
+def _exclusive(part: BaseModel, section: str, one: str, other: str, required: bool = False) -> Iterable[str]:
+    first, second = getattr(part, one), getattr(part, other)
+    if first is not None and second is not None:
+        yield f"{section}.{one} = {first} and {section}.{other} = {second}: give one of them, not both"
+    if required and first is None and second is None:
+        yield f"{section}.{one} is missing: give {section}.{one} or {section}.{other}"
+
+
+def _describe(fault: Any) -> str:
+    """One line for one fault found by pydantic: field, value, rule, remedy."""
+    names = [str(part) for part in fault["loc"]]
+    # A union reports each of its members; their type names are no fields.
+    names = [name for name in names if name not in {"str", "list[str]", "int", "float"}]
+    field = ".".join(names)
+    if fault["type"] == "extra_forbidden":
+        known = _known_names(names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        elsewhere = [n for n in _all_names() if n.split(".")[-1] == names[-1]]
+        if near:
+            hint = f"did you mean {'.'.join([*names[:-1], near[0]])}?"
+        elif elsewhere:
+            hint = f"did you mean {elsewhere[0]}?"
+        else:
+            hint = f"known here: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{field} = {fault['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_names(path: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for name in path:
+        field = model.model_fields.get(name)
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _all_names() -> list[str]:
+    return [f"{section}.{name}" for section in Config.model_fields for name in _known_names([section])]
+
+
+def _report(source: str, faults: Sequence[str]) -> str:
+    faults = list(dict.fromkeys(faults))
+    shown = [f"  {fault}" for fault in faults[:REPORTED_AT_ONCE]]
+    more = len(faults) - len(shown)
+    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+    return "\n".join([f"{source}: {count} in the configuration:", *shown, *([f"  and {more} more"] if more else [])])
+
+
+def _some(values: Sequence[int], limit: int = 12) -> str:
+    text = ", ".join(str(value) for value in values[:limit])
+    return text + (", ..." if len(values) > limit else "")
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's settings on top of those of the file it extends."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near)}" if near else ""
+        raise ConfigError(f"{path}: no such configuration file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: must hold settings as `section:` with `key: value` below it")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: must name one other YAML file")
+    base = (path.parent / parent).resolve()
+    if base in seen or base == path.resolve():
+        raise ConfigError(f"{path}: extends {parent}, which extends it in turn; break the circle")
+    return _merge(_read_yaml(base, (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r}: an override is written section.key=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
+        values[section] = dict(inner or {})
+        values = values[section]
+    values[key] = value

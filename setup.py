@@ -1,0 +1,47 @@
+"""Packaging of msm_dist: versions are floors here, the tested set is constraints.txt."""
+
+from setuptools import setup
+
+BASE = [
+    "torch>=2.11",
+    "torchaudio>=2.11",
+    "soundfile>=0.12",
+    "safetensors>=0.4.3",
+    "numpy>=1.26",
+    "pydantic>=2.7",
+    "pyyaml>=6.0",
+    "typer>=0.12",
+    "rich>=13.0",
+]
+TRAIN = [
+    "deepspeed>=0.19.8",
+    "ninja>=1.11",
+    "webdataset>=1.0.2",
+    "braceexpand>=0.1.7",
+    "triton>=3.6; platform_system == 'Linux'",
+    "submitit>=1.5.4",
+    "tensorboard>=2.18",
+    "matplotlib>=3.8",
+]
+DEV = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "librosa>=0.10.2", "ruff>=0.6"]
+
+setup(
+    name="msm-dist",
+    version="0.1.0",
+    description="Masked spectrogram modeling with masked autoencoders, at any scale",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "msm_dist",
+        "msm_dist.data",
+        "msm_dist.engine",
+        "msm_dist.evaluate",
+        "msm_dist.model",
+        "msm_kernels",
+    ],
+    # A top-level module named `kernels` would collide with an unrelated distribution of that name.
+    package_dir={"msm_kernels": "kernels"},
+    install_requires=BASE,
+    extras_require={"train": TRAIN, "dev": DEV},
+    entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},
+)

@@ -1,0 +1,181 @@
+"""Encoded audio -> mono samples at one rate; what can't be used has a named fault.
+
+In: the bytes of a wav, flac, ogg or mp3 file (or an open binary file), any rate, any channel count. The
+content decides the format, never a file name. Out: numpy arrays, mono by the mean of the channels. Fails
+with BadClip, which carries a reason. Memory follows the samples that are there, not what a header claims.
+"""
+
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from msm_dist.errors import MsmError
+
+FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
+MIN_RATE, MAX_RATE = 1_000, 768_000
+MAX_SAMPLES = 2**29
+CHUNK_VALUES = 2**20
+MAX_PHASES = 2_000
+UNKNOWN_LENGTH = 2**62
+
+Encoded = bytes | bytearray | memoryview | BinaryIO
+
+
+class BadClip(MsmError):
+    """A clip that can't be trained on.
+
+    `reason` is one of: undecodable, unsupported_format, unsupported_rate, unknown_length, too_long, empty,
+    truncated, non_finite; packing adds too_short and unreadable.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})"
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a header says: samples per channel, the file's own rate in Hz, channels, format (wav, flac...)."""
+
+    samples: int
+    sample_rate: int
+    channels: int
+    format: str
+
+
+def probe(encoded: Encoded) -> AudioInfo:
+    """Read the header only. Raises BadClip."""
+    with _opened(encoded) as sound:
+        return AudioInfo(sound.frames, sound.samplerate, sound.channels, FORMATS[sound.format])
+
+
+def decode(encoded: Encoded, sample_rate: int) -> np.ndarray:
+    """The whole clip as float32 [S] in -1..1 at `sample_rate`, S = num_target_samples. Raises BadClip."""
+    with _opened(encoded) as sound:
+        return _span(sound, 0, sound.frames, sample_rate)
+
+
+def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np.ndarray:
+    """Samples [start, stop), at the file's own rate, as float32 [S] at `sample_rate`. Raises BadClip."""
+    with _opened(encoded) as sound:
+        return _span(sound, start, stop, sample_rate)
+
+
+def decode_crop(encoded: Encoded, start: int, stop: int, num_samples: int, sample_rate: int) -> np.ndarray:
+    """Samples [start, stop), counted at `sample_rate`, as int16 [stop - start]. Raises BadClip.
+
+    The clip counts as `num_samples` long: what it lacks is silence at its end. Positions before 0 or from
+    num_samples on are reflected about the first and the last sample (numpy's "reflect"), so that a crop's
+    uncentred spectrogram equals the slice of the whole clip's centred one. Only the span is decoded where
+    the file already has the rate; 16-bit mono then keeps its very samples.
+    """
+    positions = _reflect(np.arange(start, stop), num_samples)
+    low, high = int(positions.min()), int(positions.max()) + 1
+    with _opened(encoded) as sound:
+        if sound.samplerate == sample_rate:
+            exact = sound.subtype == "PCM_16" and sound.channels == 1
+            span = _read(
+                sound, min(low, sound.frames), min(high, sound.frames), "int16" if exact else "float32"
+            )
+        else:
+            span = _span(sound, 0, sound.frames, sample_rate)[low:high]
+    crop = np.zeros(high - low, np.int16)
+    crop[: len(span)] = span if span.dtype == np.int16 else to_int16(span)
+    return crop[positions - low]
+
+
+def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
+    """Length at `sample_rate` of a clip of `samples` at `rate`: rounded up."""
+    return -(-samples * sample_rate // rate)
+
+
+def to_int16(waveform: np.ndarray) -> np.ndarray:
+    """Float samples in -1..1 as int16, rounded; what is louder is clipped, never wrapped."""
+    return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+
+
+@contextmanager
+def _opened(encoded: Encoded):
+    """A soundfile.SoundFile whose header makes sense; faults of libsndfile come out as BadClip."""
+    file = io.BytesIO(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
+    if not file.read(1):
+        raise BadClip("empty", "0 bytes")
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            _check_header(sound)
+            yield sound
+    except soundfile.SoundFileError as error:
+        detail = getattr(error, "error_string", str(error))
+        raise BadClip("undecodable", " ".join(detail.split())) from None
+
+
+def _check_header(sound: soundfile.SoundFile) -> None:
+    if sound.format not in FORMATS:
+        raise BadClip("unsupported_format", f"{sound.format}; use wav, flac, ogg or mp3")
+    if not MIN_RATE <= sound.samplerate <= MAX_RATE:
+        raise BadClip("unsupported_rate", f"{sound.samplerate} Hz; {MIN_RATE} to {MAX_RATE} are supported")
+    if sound.frames == 0:
+        raise BadClip("empty", "0 samples")
+    if sound.frames > UNKNOWN_LENGTH:
+        raise BadClip(
+            "unknown_length", f"{sound.format} header without a length; encode it to a file, not a pipe"
+        )
+
+
+def _span(sound: soundfile.SoundFile, start: int, stop: int, sample_rate: int) -> np.ndarray:
+    return _resample(_read(sound, start, stop, "float32"), sound.samplerate, sample_rate)
+
+
+def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.ndarray:
+    """Mono samples [start, stop) at the file's rate. A claimed length is met in pieces, never allocated."""
+    if stop - start > MAX_SAMPLES:
+        raise BadClip("too_long", f"{stop - start} samples; at most {MAX_SAMPLES} are decoded at once")
+    chunk = max(1, CHUNK_VALUES // sound.channels)
+    pieces = [np.zeros(0, dtype)]
+    if start:
+        sound.seek(start)
+    while start < stop:
+        block = sound.read(min(stop - start, chunk), dtype=dtype, always_2d=True)
+        if not len(block):
+            raise BadClip("truncated", f"ends after {start} of {sound.frames} samples")
+        pieces.append(block[:, 0] if sound.channels == 1 else block.mean(axis=1))
+        start += len(block)
+    waveform = np.concatenate(pieces)
+    if dtype == "float32" and not np.isfinite(waveform).all():
+        raise BadClip("non_finite", "NaN or infinite samples")
+    return waveform
+
+
+def _resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """Band-limited resampling. Ratios of unusual rates are taken to within 1 in 4 million of their phases.
+
+    The filter bank has one filter per phase of the reduced ratio: 44,101 Hz -> 16 kHz would need gigabytes.
+    """
+    if rate == sample_rate or not len(waveform):
+        return waveform
+    import torch
+    from torchaudio.functional import resample
+
+    low, high = sorted((rate, sample_rate))
+    ratio = Fraction(low, high).limit_denominator(MAX_PHASES)
+    old, new = (ratio.numerator, ratio.denominator) if rate == low else (ratio.denominator, ratio.numerator)
+    resampled = resample(torch.from_numpy(waveform), old, new).numpy()
+    target = num_target_samples(len(waveform), rate, sample_rate)
+    return np.pad(resampled[:target], (0, max(0, target - len(resampled))))
+
+
+def _reflect(positions: np.ndarray, length: int) -> np.ndarray:
+    """Fold positions into 0..length-1 by reflection about both ends, the edges not repeated."""
+    period = max(1, 2 * (length - 1))
+    folded = positions % period
+    return np.where(folded < length, folded, period - folded)

@@ -1,0 +1,352 @@
+"""The shard index: which tar shards make a corpus, what each holds, and whether that is still so.
+
+In: a folder with index.json, that file, or tar shards beside it. Out: an `Index`, and per shard a table of
+its clips (`members`), so that a reader can start anywhere by offset. index.json and the sidecars may come
+from strangers: everything in them is checked. Fails with DataError, which names the file and the remedy.
+
+    index.json                      version, kind, sample_rate, shards, clips, seconds, statistics, front end
+    <shard>.tar                     an ordinary webdataset tar
+    <shard>.members.npy             one row of MEMBER_FIELDS + key per clip, in tar order
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from msm_dist.errors import DataError
+
+INDEX_NAME = "index.json"
+REPORT_NAME = "report.json"
+UNFINISHED_NAME = ".pack"
+REPORTED_AT_ONCE = 20
+
+MEMBER_FIELDS = [("offset", "<i8"), ("size", "<i8"), ("samples", "<i8"), ("rate", "<i4"), ("format", "|S8")]
+"""Place and bytes of a clip's data in the tar, samples per channel at its own rate (Hz), codec; then its key."""
+
+_TABLE_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': \["
+    + re.escape(", ".join(map(repr, MEMBER_FIELDS))).encode()
+    + rb", \('key', '\|S(?P<width>\d{1,5})'\)\], 'fortran_order': False, 'shape': \((?P<rows>\d{1,12}),\), \} *\n",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: clips (good ones), bytes and sha256 of the tar, sha256 of its sidecar."""
+
+    name: str
+    clips: int
+    bytes: int
+    sha256: str
+    members_sha256: str
+    path: Path
+
+    @property
+    def members_path(self) -> Path:
+        """The sidecar."""
+        return self.path.with_suffix(".members.npy")
+
+
+@dataclass(frozen=True)
+class Index:
+    """A corpus. mean, std: over every log-mel value; mel_mean: per band; None where they were not measured.
+
+    `sample_rate` is None for shards of mixed rates. `features` is the front end behind the statistics.
+    """
+
+    root: Path
+    kind: str
+    sample_rate: int | None
+    shards: tuple[Shard, ...]
+    seconds: float
+    mean: float | None = None
+    std: float | None = None
+    mel_mean: tuple[float, ...] | None = None
+    features: dict[str, Any] | None = None
+
+    @property
+    def num_clips(self) -> int:
+        """Clips in all shards."""
+        return sum(shard.clips for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """The identity of the corpus: sha256 over its shards' names, clip counts and digests, in order."""
+        lines = [f"{shard.name} {shard.clips} {shard.sha256}\n" for shard in self.shards]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_index(shards: str | Sequence[str]) -> Index:
+    """The corpus that `data.shards` names: a folder, its index.json, a tar, a brace pattern, a list of tars.
+
+    Tars must lie in one folder beside their index.json; they select from it, in its order. Raises DataError.
+    """
+    given = [shards] if isinstance(shards, str | Path) else list(shards)
+    names = [name for text in given for name in _expand(str(text))]
+    if not names:
+        raise DataError("data.shards is empty: name a folder made by `msm-dist data pack`")
+    if len(names) == 1 and not names[0].endswith(".tar"):
+        path = Path(names[0])
+        return _read_index(path.parent if path.name == INDEX_NAME else path)
+    return _select(names)
+
+
+def write_index(index: Index) -> None:
+    """Write index.json into the index's folder, whole or not at all."""
+    shards = [{name: getattr(shard, name) for name in _ShardEntry.model_fields} for shard in index.shards]
+    content = {
+        "version": 1,
+        "kind": index.kind,
+        "sample_rate": index.sample_rate,
+        "shards": shards,
+        "clips": index.num_clips,
+        "seconds": index.seconds,
+        "mean": index.mean,
+        "std": index.std,
+        "mel_mean": index.mel_mean,
+        "features": index.features,
+    }
+    write_atomically(index.root / INDEX_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def check_shards(index: Index, verify: Literal["size", "digest"], allow_missing: bool = False) -> set[int]:
+    """Compare the shards on disk with the index: their size, or their sha256 too (reads everything).
+
+    Returns the numbers of missing shards. Raises DataError naming every damaged shard, and every missing
+    one unless `allow_missing`.
+    """
+    missing = {number for number, shard in enumerate(index.shards) if not shard.path.is_file()}
+    faults = [] if allow_missing else [f"{index.shards[number].path}: missing" for number in sorted(missing)]
+    for number, shard in enumerate(index.shards):
+        if number not in missing and (fault := shard_fault(shard, verify)):
+            faults.append(fault)
+    if faults:
+        remedy = "copy the shards again, or pack them again"
+        if missing and not allow_missing:
+            remedy += "; data.allow_missing_shards=true starts without the missing ones"
+        raise DataError(
+            f"{index.root}: {len(faults)} of {len(index.shards)} shards are not what {INDEX_NAME} says; "
+            f"{remedy}:\n{listed(faults)}"
+        )
+    return missing
+
+
+def shard_fault(shard: Shard, verify: Literal["size", "digest"]) -> str | None:
+    """What is wrong with a shard that is there, with the value found and the one expected; None: nothing."""
+    size = shard.path.stat().st_size
+    if size != shard.bytes:
+        return f"{shard.path}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
+    if verify == "digest" and (digest := file_sha256(shard.path)) != shard.sha256:
+        return f"{shard.path}: sha256 {digest}, {INDEX_NAME} says {shard.sha256}"
+    return None
+
+
+def members(shard: Shard) -> np.ndarray:
+    """The shard's clips: a structured array [clips] of MEMBER_FIELDS and key. Raises DataError."""
+    path = shard.members_path
+    remedy = f"write it again with `msm-dist data index {shard.path.parent}/*.tar`"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: the table of a shard's clips can't be read ({error.strerror}); {remedy}"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != shard.members_sha256:
+        raise DataError(f"{path}: sha256 {digest}, {INDEX_NAME} says {shard.members_sha256}; {remedy}")
+    table = _parse_table(content)
+    if table is None or len(table) != shard.clips:
+        found = "another format" if table is None else f"{len(table)} clips"
+        raise DataError(f"{path}: holds {found}, {INDEX_NAME} says {shard.clips} clips; {remedy}")
+    inside = (table["offset"] >= 0) & (table["size"] > 0) & (table["offset"] <= shard.bytes - table["size"])
+    if not (inside & (table["samples"] > 0) & (table["rate"] > 0)).all():
+        raise DataError(f"{path}: names clips outside {shard.name} or without samples; {remedy}")
+    return table
+
+
+def member_table(rows: Iterable[tuple[int, int, int, int, str, bytes]]) -> np.ndarray:
+    """Rows of (offset, size, samples, rate, format, key) as a sidecar's structured array."""
+    rows = list(rows)
+    width = max((len(row[-1]) for row in rows), default=1)
+    return np.array(rows, dtype=[*MEMBER_FIELDS, ("key", f"S{width}")])
+
+
+def write_members(path: Path, table: np.ndarray) -> str:
+    """Write a sidecar; returns its sha256."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, table, version=(1, 0), allow_pickle=False)
+    write_atomically(path, file.getvalue())
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, rename it: readers see all of it or none."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed(faults: Sequence[str]) -> str:
+    """Faults one per line, indented, the first few of many."""
+    shown = [f"  {fault}" for fault in faults[:REPORTED_AT_ONCE]]
+    more = len(faults) - len(shown)
+    return "\n".join([*shown, *([f"  and {more} more"] if more else [])])
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_CHECKED = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _ShardEntry(BaseModel):
+    model_config = _CHECKED
+    name: str
+    clips: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: Digest
+    members_sha256: Digest
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not name.endswith(".tar") or name.startswith(".") or any(c in name for c in "/\\\0"):
+            raise ValueError("a shard is a .tar file in the folder of the index")
+        return name
+
+
+class _IndexFile(BaseModel):
+    model_config = _CHECKED
+    version: Literal[1]
+    kind: Literal["audio"]
+    sample_rate: int | None = Field(gt=0)
+    shards: list[_ShardEntry] = Field(min_length=1)
+    clips: int
+    seconds: float = Field(ge=0)
+    mean: float | None
+    std: float | None = Field(gt=0)
+    mel_mean: list[float] | None
+    features: dict[str, Any] | None
+
+
+def _expand(text: str) -> list[str]:
+    """A brace pattern's names."""
+    if "://" in text or text.startswith("pipe:"):
+        raise DataError(
+            f"data.shards = {text}: must be a local folder or local tar files; copy the shards here"
+        )
+    if "{" not in text:
+        return [text]
+    import braceexpand
+
+    try:
+        return list(braceexpand.braceexpand(text))
+    except braceexpand.UnbalancedBracesError:
+        raise DataError(
+            f"data.shards = {text}: unbalanced braces; write name-{{000000..000009}}.tar"
+        ) from None
+
+
+def _read_index(root: Path) -> Index:
+    path = root / INDEX_NAME
+    try:
+        entry = _IndexFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(_absent(root)) from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors()]
+        raise DataError(_invalid(root, faults)) from None
+    if faults := list(_contradictions(entry)):
+        raise DataError(_invalid(root, faults))
+    shards = tuple(Shard(**shard.model_dump(), path=root / shard.name) for shard in entry.shards)
+    mel_mean = None if entry.mel_mean is None else tuple(entry.mel_mean)
+    rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features"})
+    return Index(root=root, shards=shards, mel_mean=mel_mean, **rest)
+
+
+def _contradictions(entry: _IndexFile) -> Iterable[str]:
+    names = [shard.name for shard in entry.shards]
+    if len(set(names)) < len(names):
+        yield f"shards: {max(names, key=names.count)} is listed twice"
+    if entry.clips != (total := sum(shard.clips for shard in entry.shards)):
+        yield f"clips = {entry.clips}: the shards have {total}"
+    measured = [value is not None for value in (entry.mean, entry.std, entry.mel_mean, entry.features)]
+    if any(measured) and not all(measured):
+        yield "mean, std, mel_mean and features go together: all of them, or null"
+    if all(measured) and len(entry.mel_mean) != entry.features.get("n_mels"):
+        yield f"mel_mean has {len(entry.mel_mean)} bands, features.n_mels = {entry.features.get('n_mels')}"
+
+
+def _select(names: Sequence[str]) -> Index:
+    """The named tars of the one folder they lie in."""
+    paths = [Path(name) for name in names]
+    if other := [str(path) for path in paths if path.suffix != ".tar"]:
+        raise DataError(f"data.shards names {other[0]} among tars: give one folder, or .tar files only")
+    folders = sorted({str(path.parent) for path in paths})
+    if len(folders) > 1:
+        raise DataError(
+            f"data.shards names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder"
+        )
+    index = _read_index(paths[0].parent)
+    wanted = {path.name for path in paths}
+    if unknown := sorted(wanted - {shard.name for shard in index.shards}):
+        raise DataError(
+            f"{index.root / INDEX_NAME} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars in "
+            f"data.shards); index them with `msm-dist data index {index.root}/*.tar`"
+        )
+    shards = tuple(shard for shard in index.shards if shard.name in wanted)
+    tables = [members(shard) for shard in shards]
+    return replace(index, shards=shards, seconds=float(sum((t["samples"] / t["rate"]).sum() for t in tables)))
+
+
+def _parse_table(content: bytes) -> np.ndarray | None:
+    """A sidecar's array, if its header is the one that write_members writes; no other header is parsed."""
+    header = _TABLE_HEADER.match(content)
+    if header is None:
+        return None
+    dtype = np.dtype([*MEMBER_FIELDS, ("key", f"S{int(header['width'])}")])
+    rows = int(header["rows"])
+    if len(content) - header.end() != rows * dtype.itemsize:
+        return None
+    return np.frombuffer(content, dtype, count=rows, offset=header.end())
+
+
+def _absent(root: Path) -> str:
+    """What to do where there is no index.json."""
+    if (root / UNFINISHED_NAME).is_dir():
+        return f"{root}: an unfinished pack; the same `msm-dist data pack` command again finishes it"
+    if root.is_dir() and any(root.glob("*.tar")):
+        return (
+            f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  msm-dist data index {root}/*.tar"
+        )
+    return (
+        f"{root}: no {INDEX_NAME} there; make shards from a folder of audio with\n"
+        f"  msm-dist data pack YOUR_AUDIO_FOLDER {root}\n"
+        "and for AudioSet add  --csv unbalanced_train_segments.csv --labels class_labels_indices.csv"
+    )
+
+
+def _invalid(root: Path, faults: Sequence[str]) -> str:
+    return (
+        f"{root / INDEX_NAME}: not a valid shard index; write it again with "
+        f"`msm-dist data index {root}/*.tar`:\n{listed(faults)}"
+    )

@@ -1,13 +1,20 @@
 """The errors a user can meet: one sentence each with the value found, the rule it breaks and the remedy.
 
-Every entry point catches `MsmError`, prints its message without a traceback and exits with `exit_code`.
+Every entry point runs inside `reporting`, which prints the message without a traceback and gives the exit code.
 """
+
+import errno
+import os
+import sys
+from collections.abc import Callable
 
 
 class MsmError(Exception):
     """Anything the user can put right. The message names value, rule and remedy."""
 
     exit_code = 2
+    on_all_ranks = False
+    """Raised on every rank alike, so that one of them is enough to tell the user."""
 
 
 class ConfigError(MsmError):
@@ -26,3 +33,22 @@ class Diverged(MsmError):
     """The loss or a gradient became non-finite. Raised on all ranks at the same step."""
 
     exit_code = 3
+
+
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
+def reporting(action: Callable[[], int | None]) -> int:
+    """Run a command and give its exit code; an MsmError, or a disk that can't be written, becomes a message."""
+    try:
+        return action() or 0
+    except MsmError as error:
+        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"msm-dist: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in STORAGE_FAULTS:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}; make room or give access, then start again"
+        print(f"msm-dist: {message}", file=sys.stderr, flush=True)
+        return MsmError.exit_code

@@ -1,0 +1,303 @@
+"""Checkpoints: our own format, the same at any ZeRO stage and world size; no pickle, nothing to convert.
+
+    checkpoints/step-00000100/state-00000-of-00002.safetensors ...  per parameter: fp32 master, exp_avg, exp_avg_sq
+                              meta.json                             step, cursor, counters, sizes and digests of the files
+                              complete                              digest of meta.json, written last
+
+A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; a
+torn one is skipped. A failure to write raises CheckpointError on all ranks and leaves the others as they were.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import safetensors
+import safetensors.torch
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import nn
+
+from msm_dist.engine.world import World
+from msm_dist.errors import CheckpointError
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COMPLETE = "complete"
+PARTIAL = ".partial"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done when it was saved."""
+        return self.meta["step"]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, extra: dict[str, Any], world: World) -> Path:
+    """Write the engine's state after `step` updates; a collective. Raises CheckpointError on all ranks.
+
+    `extra` (plain JSON values) comes back in `Saved.meta`.
+    """
+    folder = root / checkpoint_name(step)
+    if world.agree_any(world.is_main and is_complete(folder)):
+        return folder
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        world.together(lambda: _start_folder(partial, world.is_main), CheckpointError)
+        tensors, optimizer_step = _gather(engine, world)
+        name = f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        entry = world.together(lambda: _write_state(partial / name, tensors), CheckpointError)
+        files = _exchange({name: entry}, world)
+        meta = {"format": FORMAT, "step": step, "optimizer_step": optimizer_step, "files": files} | extra
+        world.on_main(lambda: _complete(partial, folder, meta))
+    except CheckpointError:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
+    """Set the engine's weights, moments and step to a checkpoint's; a collective. Raises CheckpointError."""
+
+    def verify() -> None:
+        for name in list(saved.meta["files"])[world.rank :: world.size]:
+            _verify_file(saved.folder / name, saved.meta["files"][name])
+
+    world.together(verify, CheckpointError)
+    world.together(lambda: _load_state(engine, saved), CheckpointError)
+    refresh_weights(engine)
+
+
+def reset(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> None:
+    """Set the engine to the state before its first update: these weights, empty moments."""
+    for name, parameter in _trainable(engine.module):
+        value = weights[name].to(device=parameter.device, dtype=torch.float32)
+        safe_set_full_fp32_param(parameter, value)
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, torch.zeros_like(value), moment)
+    _set_optimizer_step(engine, 0.0)
+    refresh_weights(engine)
+
+
+def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Recompute the model's weights from the fp32 masters."""
+    engine.optimizer.update_lp_params()
+
+
+def full_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and fp32 master of every parameter, on the host; a collective."""
+    for name, parameter in _trainable(engine.module):
+        yield name, safe_get_full_fp32_param(parameter).to("cpu", torch.float32)
+
+
+def newest_complete(root: Path) -> Saved | None:
+    """The newest checkpoint that is whole; torn ones are named in a warning and skipped."""
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if folder.suffix == PARTIAL:
+            continue
+        try:
+            return open_checkpoint(folder)
+        except CheckpointError as error:
+            log.warning("skipped %s", error)
+    return None
+
+
+def open_checkpoint(folder: Path) -> Saved:
+    """Read and check a checkpoint's meta.json. Raises CheckpointError when it is torn or of another format."""
+    try:
+        text = (folder / "meta.json").read_bytes()
+        marker = (folder / COMPLETE).read_text(encoding="utf-8").strip()
+        if marker != hashlib.sha256(text).hexdigest():
+            raise CheckpointError(f"{folder}: meta.json is not the one that was completed; use an older checkpoint")
+        meta = json.loads(text)
+        if meta["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: format {meta['format']}, this version reads {FORMAT}")
+        for name, entry in meta["files"].items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{folder / name}: {size} bytes, {entry['bytes']} were written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: incomplete ({error!r}); use an older checkpoint") from None
+    return Saved(folder, meta)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a whole checkpoint."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def rotate(root: Path, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every`."""
+    folders = sorted(folder for folder in root.glob("step-*") if folder.suffix != PARTIAL)
+    for folder in folders[:-keep]:
+        step = int(folder.name.removeprefix("step-"))
+        if not keep_every or step % keep_every:
+            # Without its marker a half-deleted checkpoint can't be taken for a whole one.
+            (folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _owners(model: nn.Module, size: int) -> dict[str, int]:
+    """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
+    load = [0] * size
+    owners = {}
+    for name, parameter in sorted(_trainable(model), key=lambda item: (-item[1].numel(), item[0])):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += parameter.numel()
+    return owners
+
+
+def _gather(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[dict[str, torch.Tensor], float]:
+    """The tensors this rank writes, on the host, and Adam's step."""
+    owners = _owners(engine.module, world.size)
+    tensors = {}
+    for name, parameter in _trainable(engine.module):
+        parts = {"param": safe_get_full_fp32_param(parameter)}
+        parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+        if owners[name] == world.rank:
+            tensors |= {f"{part}/{name}": value.cpu().contiguous() for part, value in parts.items()}
+    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    if len(steps) != 1:
+        raise AssertionError(f"parameter groups are at different steps: {steps}")
+    return tensors, steps.pop()
+
+
+def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
+    where: dict[str, Any] = {}
+    try:
+        for name in saved.meta["files"]:
+            file = safetensors.safe_open(saved.folder / name, framework="pt")
+            where |= dict.fromkeys(file.keys(), file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{saved.folder}: can't be read ({error})") from None
+    trainable = _trainable(engine.module)
+    expected = {f"{part}/{name}" for part in ("param", *MOMENTS) for name, _ in trainable}
+    if different := sorted(expected ^ set(where)):
+        raise CheckpointError(f"{saved.folder}: {different[0]} is in only one of checkpoint and model")
+    for name, parameter in trainable:
+        for part in ("param", *MOMENTS):
+            value = where[f"{part}/{name}"].get_tensor(f"{part}/{name}").to(parameter.device)
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{saved.folder}: {name} is {list(value.shape)}, the model's is {list(parameter.shape)}"
+                )
+            if part == "param":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, part)
+    _set_optimizer_step(engine, saved.meta["optimizer_step"])
+
+
+def _set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: float) -> None:
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def _start_folder(partial: Path, is_main: bool) -> None:
+    """An empty folder to write into, made by rank 0."""
+    if not is_main:
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _cannot_write(partial, error) from None
+
+
+def _write_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    data = safetensors.torch.save(tensors)
+    _write_durably(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _exchange(mine: dict[str, Any], world: World) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{}] * world.size
+    torch.distributed.all_gather_object(parts, mine, group=world.control)
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Mark a written checkpoint complete and give it its name."""
+    text = json.dumps(meta, indent=1).encode()
+    _write_durably(partial / "meta.json", text)
+    _write_durably(partial / COMPLETE, hashlib.sha256(text).hexdigest().encode())
+    try:
+        _sync_folder(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _verify_file(path: Path, entry: dict[str, Any]) -> None:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror}); remove its folder to use the one before") from None
+    if digest.hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path}: its bytes are not those that were saved; remove its folder to use the one before")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: can't be written ({error.strerror or error}); the checkpoints before it are untouched. Make room or "
+        "give write access, then start the same command again"
+    )

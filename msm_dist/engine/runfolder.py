@@ -1,0 +1,229 @@
+"""The run folder: a run's identity. Its lock, its settings, its plan and its environment.
+
+    runs/<name>/lock.json         who is writing: host, job, pid; its modification time is the heartbeat
+    runs/<name>/config.yaml       the resolved configuration, compared at every start
+    runs/<name>/plan.json         the corpus and the order, recorded at the first start
+    runs/<name>/environment.json  machine and versions of the latest start
+
+A second start of a running run is refused with a ConfigError that names the owner; a dead owner's lock is
+taken over. Files are replaced atomically.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msm_dist.config import Config, dump_config, flat_items
+from msm_dist.errors import ConfigError
+
+HEARTBEAT_SECONDS = 15.0
+DEAD_AFTER_SECONDS = 120.0
+ENDING_SECONDS = 20.0
+
+# What may differ between two starts of one run: none of it changes what is computed at a step, but that a
+# longer run's learning rate follows its own, longer cosine.
+MAY_CHANGE = (
+    "run.dir",
+    "data.shards",
+    "data.valid_shards",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "data.allow_missing_shards",
+    "data.verify",
+    "model.backend",
+    "train.steps",
+    "train.epochs",
+    "train.micro_batch",
+    "train.log_every",
+    "train.valid_every",
+    "train.valid_clips",
+    "train.pictures_every",
+    "train.trace",
+    "checkpoint.",
+    "engine.",
+)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait_seconds: float = ENDING_SECONDS) -> Iterator[None]:
+    """Own the run folder for the time of the block. Raises ConfigError when another process does.
+
+    An owner that is alive on this machine gets `wait_seconds` to end, for a run that is just being stopped.
+    """
+    path = folder / "lock.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(path, wait_seconds)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: can't be written ({error.strerror}); choose another run.dir or give write access"
+        ) from None
+    stopped = threading.Event()
+    threading.Thread(target=_beat, args=(path, stopped), daemon=True).start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        path.unlink(missing_ok=True)
+
+
+def compare_config(folder: Path, cfg: Config) -> None:
+    """Record the configuration; one that differs from the recorded one where it may not is a ConfigError.
+
+    A length below the one reached is refused by the loop, which knows the step.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        try:
+            recorded = flat_items(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: can't be read ({error}); choose another run.name=") from None
+        wanted = flat_items(cfg.model_dump(mode="json"))
+        differences = [
+            f"  {name}: {recorded.get(name)!r} in {path}, {wanted.get(name)!r} now"
+            for name in dict.fromkeys([*recorded, *wanted])
+            if recorded.get(name) != wanted.get(name) and not name.startswith(MAY_CHANGE)
+        ]
+        if differences:
+            raise ConfigError(
+                "\n".join(
+                    [
+                        f"{folder} holds a run with other settings:",
+                        *differences,
+                        f"Start a new run with run.name=NAME, or give the recorded values to continue {folder.name}.",
+                    ]
+                )
+            )
+    write_atomically(path, dump_config(cfg))
+
+
+def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Record what the order is a function of; a corpus that has changed since is a ConfigError."""
+    path = folder / "plan.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(plan, indent=1))
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    for name in dict.fromkeys([*recorded, *plan]):
+        if recorded.get(name) != plan.get(name):
+            raise ConfigError(
+                f"{path}: this run began with {name} = {recorded.get(name)}, the corpus now gives {plan.get(name)}; "
+                "restore the corpus it began with, or start a new run with run.name=NAME"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by one with this text, or leave it as it was."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def _acquire(path: Path, wait_seconds: float) -> None:
+    deadline = time.monotonic() + wait_seconds
+    while not _create(path):
+        owner = _read_owner(path)
+        if owner is None:
+            continue
+        if _is_dead(path, owner):
+            _remove_stale(path, owner)
+            continue
+        if time.monotonic() >= deadline:
+            job = f", job {owner['job']}" if owner.get("job") else ""
+            raise ConfigError(
+                f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')}{job}: stop that "
+                "run, or choose another run.name="
+            )
+        time.sleep(0.25)
+
+
+def _create(path: Path) -> bool:
+    """Make the lock with its content in one step; False when there is one."""
+    owner = {
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".lock.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(owner, file)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _read_owner(path: Path) -> dict[str, Any] | None:
+    """The owner, {} when the lock is damaged, None when it is gone."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
+    if owner.get("host") == socket.gethostname():
+        pid = owner.get("pid")
+        return not isinstance(pid, int) or _start_time(pid) != owner.get("started")
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and job == owner.get("job") and os.environ.get("SLURM_RESTART_COUNT") != owner.get("restart"):
+        return True  # Slurm never runs one job twice at a time.
+    return _age(path) > DEAD_AFTER_SECONDS
+
+
+def _remove_stale(path: Path, owner: dict[str, Any]) -> None:
+    """Take a dead owner's lock away, and put it back if another start was quicker to replace it."""
+    taken = path.with_name(f".lock.{os.getpid()}.stale")
+    try:
+        os.rename(path, taken)
+    except FileNotFoundError:
+        return
+    if _read_owner(taken) != owner:
+        with contextlib.suppress(FileExistsError):
+            os.link(taken, path)
+    taken.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last heartbeat, by the clock of the file system that holds the lock."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock.") as probe:
+        try:
+            return os.stat(probe.name).st_mtime - path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+
+def _beat(path: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(HEARTBEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _start_time(pid: int) -> str | None:
+    """A process' start in clock ticks since boot: with the pid, its identity. None when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,158 @@
+"""Who takes part in a run: rank, size and device, and the few things that ranks agree on.
+
+In: the environment of the deepspeed launcher, torchrun or srun, or none of them (one process).
+Out: a `World`. Agreement travels over a gloo group of its own, so that it never waits for the device.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from msm_dist.errors import ConfigError, MsmError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of all ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """gloo group for agreement between hosts."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Means over ranks, in float64."""
+        return [value / self.size for value in self.sum(values)]
+
+    def agree_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Waits for all of them."""
+        return self.sum([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.agree_any(False)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and give its result, or its MsmError, to all ranks."""
+        outcome: list[object] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except MsmError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if isinstance(outcome[1], MsmError):
+            outcome[1].on_all_ranks = True
+            raise outcome[1]
+        return outcome[0]  # type: ignore[return-value]
+
+    def together(self, action: Callable[[], T], kind: type[MsmError]) -> T:
+        """Run `action` on every rank; when it raises an MsmError on any, all raise `kind` with its message."""
+        result, fault = None, ""
+        try:
+            result = action()
+        except MsmError as error:
+            fault = f"rank {self.rank}: {error}" if self.size > 1 else str(error)
+        faults: list[str] = [""] * self.size
+        dist.all_gather_object(faults, fault, group=self.control)
+        if found := [fault for fault in faults if fault]:
+            error = kind(found[0])
+            error.on_all_ranks = True
+            raise error
+        return result  # type: ignore[return-value]
+
+
+def join_world(timeout_minutes: float) -> World:
+    """Start the process groups. Raises ConfigError when the launcher's environment is incomplete."""
+    rank, size, local_rank, local_size = _placement()
+    use_cuda = torch.cuda.is_available()
+    if use_cuda and local_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"
+        )
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    _leave_out_shared_memory_collectives()
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, device, control)
+
+
+def leave_world() -> None:
+    """End the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _placement() -> tuple[int, int, int, int]:
+    """rank, size, local rank and local size, exported in the launcher's common names."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        return 0, 1, 0, 1
+    if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in env]:
+        raise ConfigError(
+            f"{missing[0]} is not set although {names[0]} is: start with the deepspeed launcher, torchrun or "
+            "slurm/pretrain.sh, which set it"
+        )
+    rank, size, local_rank = (int(env[name]) for name in names)
+    local_size = int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or _slurm_local_size() or size)
+    env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    return rank, size, local_rank, local_size
+
+
+def _slurm_local_size() -> int | None:
+    """Tasks on this node, from a list such as `4(x2),3`."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
+    if tasks is None:
+        return None
+    counts: list[int] = []
+    for part in tasks.split(","):
+        count, _, repeat = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or 1)
+    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _leave_out_shared_memory_collectives() -> None:
+    """Keep DeepSpeed's own all-reduce for CPUs out: its ranks wait in a busy loop for one that has died.
+
+    gloo notices a dead peer at once, so that a killed rank ends the run instead of hanging it.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

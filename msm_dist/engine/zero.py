@@ -1,0 +1,107 @@
+"""The DeepSpeed engine: its configuration as a pure function of ours, and its construction.
+
+DeepSpeed owns the optimiser step, ZeRO, precision, clipping and accumulation. Batch sizes, precision and
+clipping have one home, the YAML; a DeepSpeed file that contradicts them is a ConfigError.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+import msm_configs
+from msm_dist.config import BatchLayout, Config, flat_items
+from msm_dist.engine.optim import build_optimizer
+from msm_dist.errors import ConfigError
+
+
+def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run. Raises ConfigError for a file that can't be used."""
+    if cfg.engine.deepspeed:
+        path = Path(cfg.engine.deepspeed)
+    else:
+        path = Path(msm_configs.__path__[0]) / "deepspeed" / f"zero{cfg.engine.zero_stage}.json"
+    values = _read_json(path)
+    stage = values.get("zero_optimization", {}).get("stage") if isinstance(values, dict) else None
+    if stage != 1:
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 1, the only stage in this version")
+    owned = {
+        "train_batch_size": cfg.train.global_batch,
+        "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": cfg.optim.clip_norm or 0.0,
+        "bf16": {"enabled": cfg.train.precision == "bf16"},
+        # Gradients are summed in fp32 over micro-batches AND over ranks: DeepSpeed's defaults follow the
+        # precision of the model in both.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    given = flat_items(values)
+    contradictions = [
+        f"{path}: {name} = {given[name]!r} contradicts the run's {value!r}; remove it, the YAML is its only home"
+        for name, value in flat_items(owned).items()
+        if name in given and given[name] != value
+    ]
+    unused = [f"{path}: {name}: not ours to pass on; remove it" for name in ("optimizer", "scheduler") if name in values]
+    if contradictions or unused:
+        raise ConfigError("\n".join(contradictions + unused))
+    return values | owned | {"steps_per_print": None}
+
+
+def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """`model` under DeepSpeed with AdamW; same parameters whatever the world size."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    optimizer = build_optimizer(model.to(device), cfg.optim.betas, cfg.optim.weight_decay, device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, layout))
+    return engine
+
+
+def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> None:
+    """One whole step on made-up input, so that memory runs out now or never. The caller sets the state afterwards.
+
+    A whole accumulation cycle with its update: less would leave gradients or counters behind. Raises ConfigError
+    when it does not fit.
+    """
+    try:
+        for _ in range(engine.gradient_accumulation_steps()):
+            engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
+            engine.step()
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "alloc" not in str(error):
+            raise
+        raise ConfigError(
+            f"train.micro_batch = {len(spectrogram)}: a step does not fit the memory of {spectrogram.device}; lower "
+            "train.micro_batch (train.global_batch, and with it the result, stays), or take a smaller model.size"
+        ) from None
+    _link_optimizer_state(engine)
+
+
+def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Learning rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _link_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make all optimiser state readable by parameter name; needed once, after the first update.
+
+    DeepSpeed links it by itself, but after the first parameter group's step, when the other has none yet.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed file; leave engine.deepspeed out to use ours") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object")
+    return values

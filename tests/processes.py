@@ -1,0 +1,58 @@
+"""Starting ranks and commands as real processes, for tests."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank, one thread each."""
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def start_ranks(command: Sequence[str], size: int, **options: object) -> list[subprocess.Popen[str]]:
+    """`python COMMAND` once per rank."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=rank_environment(rank, size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_ranks(command: Sequence[str], size: int, timeout: float = 180) -> list[str]:
+    """Run all ranks to the end; their outputs. Fails with the output of a rank that fails."""
+    processes = start_ranks(command, size)
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs

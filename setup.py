@@ -23,7 +23,14 @@ TRAIN = [
     "tensorboard>=2.18",
     "matplotlib>=3.8",
 ]
-DEV = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "librosa>=0.10.2", "ruff>=0.6"]
+DEV = [
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "librosa>=0.10.2",
+    "ruff>=0.6",
+    "setuptools>=77",
+]
 
 setup(
     name="msm-dist",
@@ -38,9 +45,11 @@ setup(
         "msm_dist.evaluate",
         "msm_dist.model",
         "msm_kernels",
+        "msm_configs",
     ],
-    # A top-level module named `kernels` would collide with an unrelated distribution of that name.
-    package_dir={"msm_kernels": "kernels"},
+    # Top-level modules named `kernels` or `configs` would collide with those of unrelated distributions.
+    package_dir={"msm_kernels": "kernels", "msm_configs": "configs"},
+    package_data={"msm_configs": ["*.yaml", "deepspeed/*.json"]},
     install_requires=BASE,
     extras_require={"train": TRAIN, "dev": DEV},
     entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},

@@ -1,0 +1,92 @@
+# msm_dist: `make pretrain` and `make test` do everything from nothing; `make help` lists the rest.
+#   PYTHON=python3.12   the interpreter to build .venv from
+#   VENV=0              no .venv: PYTHON and its packages as they are, without touching a network
+#   TORCH_INDEX=URL     take torch from this wheel index (a CPU build, another CUDA)
+#   PYTEST_ARGS=...     passed to pytest
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+# With VENV=0: the packages that a target needs; empty is all of setup.py.
+NEEDS :=
+
+define CHECK_PYTHON
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+  echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || true)."; \
+  echo "Name another one with PYTHON=..., or on Debian 12 and Ubuntu 24.04: apt-get install python3 python3-venv"; \
+  exit 2; }
+endef
+
+ifeq ($(VENV),0)
+PY := $(PYTHON)
+DEEPSPEED := $(PYTHON) -m deepspeed.launcher.runner
+export PYTHONPATH := $(CURDIR):$(CURDIR)/build/importable$(if $(PYTHONPATH),:$(PYTHONPATH))
+.PHONY: ready
+ready:
+	@$(CHECK_PYTHON)
+	@$(PYTHON) -m tools.setup_env --venv 0 $(if $(NEEDS),--needs $(NEEDS))
+else
+PY := $(VENV)/bin/python
+DEEPSPEED := $(VENV)/bin/deepspeed
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+.PHONY: ready
+ready: $(VENV)/.setup-done
+endif
+
+.PHONY: help setup pretrain test test-gpu lint doctor clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n '/^#   /s/^#/ /p' $(MAKEFILE_LIST)
+
+SET_UP_BEFORE := $(wildcard $(VENV)/.setup-done)
+setup: ready ## make .venv: everything that training and the tests need
+	@$(if $(filter 0,$(VENV)),echo "set-up: $(PYTHON) has what is needed",$(if $(SET_UP_BEFORE),cat $(SET_UP_BEFORE)))
+
+$(VENV)/.setup-done: setup.py constraints.txt
+	@$(CHECK_PYTHON)
+	@$(PYTHON) -m tools.setup_env --venv $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+# The embedded corpus: its shards' index.json is written last, so that it stands for all of them.
+data/embedded/.complete: | ready
+	$(PY) -m msm_dist data synth data/embedded
+	@touch $@
+
+data/quickstart/%/index.json: data/embedded/.complete | ready
+	$(PY) -m msm_dist data pack data/embedded/$* data/quickstart/$*
+
+# configs/quickstart.yaml has a global batch of 64: spread over the largest power of two of processes up to 8.
+pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.json ## pre-train on the embedded corpus
+	@gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
+	case $$gpus in 0) processes=2 ;; 1) processes=1 ;; 2|3) processes=2 ;; [4-7]) processes=4 ;; *) processes=8 ;; esac; \
+	micro_batch=$$(( processes > 2 ? 64 / processes : 32 )); \
+	port=$$($(PY) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	set -x; $(DEEPSPEED) --num_accelerators $$processes --master_port $$port \
+	  --module msm_dist.pretrain configs/quickstart.yaml train.micro_batch=$$micro_batch
+
+test: ready ## run all the tests that this machine can run
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: NEEDS := torch numpy triton pytest pytest-timeout hypothesis
+test-gpu: ready ## run the tests that need a GPU; says so where there is none
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
+	else echo "test-gpu: there is no GPU: skipped"; fi
+
+lint: ready ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+doctor: ready ## check this machine and the packages
+	@$(PY) -m msm_dist.doctor
+
+clean: ## remove what tools leave behind; .venv, data and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

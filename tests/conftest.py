@@ -1,0 +1,61 @@
+"""What every test module shares: which tests this machine can run, and a word about those it can't."""
+
+import importlib.util
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
+
+# A slow machine is no defect: no test of ours fails for taking long.
+settings.register_profile("msm_dist", deadline=None)
+settings.load_profile("msm_dist")
+
+
+def pytest_configure() -> None:
+    """Stop at once, with the remedy, where the package isn't installed."""
+    if importlib.util.find_spec("msm_kernels") is None:
+        pytest.exit("msm_kernels is not importable: run `make setup`, then `make test`", returncode=2)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu`, don't even import modules without GPU tests: a GPU image may lack what they need."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine can't run, and remember it for the summary."""
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for mark, lack in (("gpu", _no_gpu), ("slurm", _no_slurm)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (reason := lack()):
+            left_out[f"{mark} ({reason})"] = [item.nodeid for item in marked]
+            items[:] = [item for item in items if item not in marked]
+            config.hook.pytest_deselected(items=marked)
+    config.stash[LEFT_OUT] = left_out
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name what was left out and why."""
+    left_out = config.stash.get(LEFT_OUT, {})
+    for kind, tests in left_out.items():
+        terminalreporter.write_line(f"left out: {kind}: {len(tests)} tests")
+        for name in sorted({test.partition("[")[0] for test in tests}):
+            terminalreporter.write_line(f"    {name}")
+    if not left_out:
+        terminalreporter.write_line("left out: nothing")
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no GPU on this machine"
+
+
+def _no_slurm() -> str | None:
+    return None if shutil.which("sbatch") else "no Slurm cluster on this machine"

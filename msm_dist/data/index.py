@@ -30,12 +30,13 @@ UNFINISHED_NAME = ".pack"
 REPORTED_AT_ONCE = 20
 
 MEMBER_FIELDS = [("offset", "<i8"), ("size", "<i8"), ("samples", "<i8"), ("rate", "<i4"), ("format", "|S8")]
-"""Place and bytes of a clip's data in the tar, samples per channel at its own rate (Hz), codec; then its key."""
+"""Place and bytes of a clip in its tar, samples per channel at its own rate (Hz), codec; then the key."""
 
 _TABLE_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': \["
     + re.escape(", ".join(map(repr, MEMBER_FIELDS))).encode()
-    + rb", \('key', '\|S(?P<width>\d{1,5})'\)\], 'fortran_order': False, 'shape': \((?P<rows>\d{1,12}),\), \} *\n",
+    + rb", \('key', '\|S(?P<width>\d{1,5})'\)\], 'fortran_order': False, "
+    + rb"'shape': \((?P<rows>\d{1,12}),\), \} *\n",
     re.DOTALL,
 )
 

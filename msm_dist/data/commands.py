@@ -1,0 +1,195 @@
+"""`msm-dist data`: make, index, verify and measure shards.
+
+In: the command line. Out: a short summary on the terminal. Faults are MsmErrors, shown by the top level.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msm_dist.config import Features, load_config
+from msm_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from msm_dist.data.clips import Progress
+    from msm_dist.data.index import Index
+
+SHOWN = 10
+
+app = typer.Typer(help="Make, index, verify and measure shards.", no_args_is_help=True)
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes.", show_default="all CPU cores")]
+RunConfig = Annotated[
+    Path | None, typer.Option("--config", help="Run configuration whose `features` hold; none: the recipe's.")
+]
+ALL_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    clips: Annotated[int, typer.Option(min=1, help="Training clips.")] = 1000,
+    valid_clips: Annotated[int, typer.Option(min=1, help="Held-out clips.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Write the embedded corpus: labelled synthetic sounds laid out like AudioSet."""
+    from msm_dist.data.synthetic import write_corpus
+
+    with _progress() as progress:
+        write_corpus(out, clips, valid_clips, seed, progress)
+    typer.echo(
+        f"{out}: {clips} clips in train, {valid_clips} in valid, with train_segments.csv, valid_segments.csv"
+    )
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of wav, flac, ogg or mp3 files, nested as you like.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    csv: Annotated[
+        Path | None, typer.Option(help="AudioSet segments CSV: packs only the clips it lists.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="AudioSet class_labels_indices.csv.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Prefix of the shards.", show_default="source folder")
+    ] = None,
+    shard_clips: Annotated[int, typer.Option(help="Most clips in a shard.")] = 512,
+    segment_seconds: Annotated[
+        float, typer.Option(help="Longer recordings are cut into such pieces.")
+    ] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the order of the clips.")] = 0,
+    workers: Workers = ALL_CORES,
+    config: RunConfig = None,
+) -> None:
+    """Pack a folder of audio into shards. Killed, it continues when called again."""
+    from msm_dist.data.pack import PackSettings
+    from msm_dist.data.pack import pack as pack_folder
+
+    settings = PackSettings(csv, labels, name, shard_clips, segment_seconds, seed, _features(config))
+    with _progress() as progress:
+        packed = pack_folder(source, out, settings, workers, progress)
+    _show(packed)
+    _show_left_out(packed)
+
+
+@app.command()
+def index(
+    shards: Annotated[list[Path], typer.Argument(help="Tar shards of one folder, such as FOLDER/*.tar.")],
+    workers: Workers = ALL_CORES,
+    config: RunConfig = None,
+) -> None:
+    """Index webdataset tars made elsewhere, in place: sidecars, index.json with statistics."""
+    from msm_dist.data.shards import index_shards
+
+    with _progress() as progress:
+        made = index_shards(shards, _features(config), workers, progress)
+    _show(made)
+    _show_left_out(made)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder with index.json.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every clip too.")] = False,
+    workers: Workers = ALL_CORES,
+) -> None:
+    """Compare shards with their index: sizes, digests, sidecars. Exit code 2 if anything is damaged."""
+    from msm_dist.data.index import load_index
+    from msm_dist.data.shards import verify_shards
+
+    found = load_index(str(folder))
+    with _progress() as progress:
+        faults = verify_shards(found, decode, workers, progress)
+    if faults:
+        raise DataError(
+            "\n".join(
+                [
+                    f"{folder}: {len(faults)} faults; copy or pack these shards again:",
+                    *(f"  {f}" for f in faults),
+                ]
+            )
+        )
+    _show(found)
+    typer.echo("all shards are as indexed" + (", every clip decodes" if decode else ""))
+
+
+@app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="Folder with index.json.")],
+    workers: Workers = ALL_CORES,
+    config: RunConfig = None,
+) -> None:
+    """Measure mean and standard deviation of the log-mel and write them into index.json."""
+    from msm_dist.data.index import load_index
+    from msm_dist.data.shards import measure_shards
+
+    found = load_index(str(folder))
+    with _progress() as progress:
+        measured = measure_shards(found, _features(config), workers, progress)
+    _show(measured)
+
+
+def _features(config: Path | None) -> Features:
+    return load_config(config).features if config else Features()
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A bar per stage with the time left, on stderr; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _show(index: "Index") -> None:
+    size = sum(shard.bytes for shard in index.shards)
+    typer.echo(
+        f"{index.root}: {index.num_clips} clips, {index.seconds / 3600:.2f} h, {len(index.shards)} shards, "
+        f"{size / 1e6:.1f} MB"
+    )
+    if index.mean is not None:
+        typer.echo(f"log-mel mean {index.mean:.4f}, std {index.std:.4f}")
+
+
+def _show_left_out(index: "Index") -> None:
+    """What report.json lists, the first of it by name."""
+    from msm_dist.data.index import REPORT_NAME
+
+    path = index.root / REPORT_NAME
+    report = json.loads(path.read_text())
+    if absent := report.get("csv_clips_without_file"):
+        typer.echo(f"{absent} clips of the CSV have no file")
+    left_out = report["left_out"]
+    if left_out:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in report["reasons"].items())
+        typer.echo(f"left out: {reasons} (all in {path})")
+    for entry in left_out[:SHOWN]:
+        typer.echo(
+            f"  {entry['file']} at {entry['start_seconds']:g} s: {entry['reason']} ({entry['detail']})"
+        )

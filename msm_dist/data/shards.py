@@ -1,0 +1,237 @@
+"""Work on whole shards: index tars from elsewhere, verify a corpus, measure its statistics.
+
+In: webdataset tars of mixed codecs and rates, keys with folders, any other members. Members are found by
+their offset and read there; nothing is extracted. Out: sidecars, index.json, report.json; or the faults
+found. Fails with DataError naming the tar.
+"""
+
+import mmap
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from msm_dist.config import Features
+from msm_dist.data.audio import BadClip, decode, probe, to_int16
+from msm_dist.data.clips import SUFFIXES, LeftOut, Progress, check_length, quiet, write_report
+from msm_dist.data.index import (
+    Index,
+    Shard,
+    check_shards,
+    file_sha256,
+    member_table,
+    members,
+    shard_fault,
+    write_index,
+    write_members,
+)
+from msm_dist.data.stats import LogMelMeter, combine
+from msm_dist.data.workers import run_tasks
+from msm_dist.errors import DataError
+
+MAX_NAME = 1024
+
+
+class _Scanned(NamedTuple):
+    """What reading one foreign tar gave; rows as member_table takes them."""
+
+    path: Path
+    rows: list[tuple[int, int, int, int, str, bytes]]
+    left_out: list[LeftOut]
+    sums: np.ndarray
+
+
+def index_shards(
+    paths: Sequence[Path], features: Features, workers: int = 1, progress: Progress = quiet
+) -> Index:
+    """Write sidecars, index.json and report.json beside tars of one folder; every clip is decoded once.
+
+    Clips that do not decode are left out of the index. Where two tars use the same key, all keys become
+    <tar>/<key>. Raises DataError on a tar that is damaged or holds no audio.
+    """
+    paths = sorted(set(paths))
+    root = _common_folder(paths)
+    scans = {}
+    for scan in run_tasks(_scan_tar, [(path, features) for path in paths], workers):
+        scans[scan.path] = scan
+        progress("reading tars", len(scans), len(paths))
+    left_out = [entry for path in paths for entry in scans[path].left_out]
+    used = [scans[path] for path in paths if scans[path].rows]
+    if not used:
+        raise DataError(f"{root}: none of the {len(left_out)} clips in {len(paths)} tars decodes")
+    uses = Counter(row[-1] for scan in used for row in scan.rows)
+    if max(uses.values()) > 1:
+        used = [scan._replace(rows=_prefixed(scan)) for scan in used]
+    statistics = combine(scan.sums for scan in used)
+    rates = {row[3] for scan in used for row in scan.rows}
+    index = Index(
+        root=root,
+        kind="audio",
+        sample_rate=rates.pop() if len(rates) == 1 else None,
+        shards=tuple(_write_sidecar(scan) for scan in used),
+        seconds=float(sum(row[2] / row[3] for scan in used for row in scan.rows)),
+        **statistics._asdict(),
+        features=features.front_end(),
+    )
+    write_report(root, {"clips": index.num_clips, "seconds": index.seconds}, left_out)
+    write_index(index)
+    return index
+
+
+def verify_shards(
+    index: Index, decode_clips: bool, workers: int = 1, progress: Progress = quiet
+) -> list[str]:
+    """Compare every shard with the index: size, sha256, sidecar and, if asked, that each clip decodes.
+
+    Returns the faults, each naming its file, in the order of the index.
+    """
+    faults = {}
+    for name, found in run_tasks(_verify_shard, [(shard, decode_clips) for shard in index.shards], workers):
+        faults[name] = found
+        progress("verifying", len(faults), len(index.shards))
+    return [fault for shard in index.shards for fault in faults[shard.name]]
+
+
+def measure_shards(index: Index, features: Features, workers: int = 1, progress: Progress = quiet) -> Index:
+    """Measure the log-mel of every clip with this front end and write the statistics into index.json.
+
+    Raises DataError if a shard or clip is not what the index says.
+    """
+    check_shards(index, "size")
+    sums = {}
+    for name, found in run_tasks(_measure_shard, [(shard, features) for shard in index.shards], workers):
+        sums[name] = found
+        progress("measuring", len(sums), len(index.shards))
+    statistics = combine(sums[shard.name] for shard in index.shards)
+    measured = replace(index, **statistics._asdict(), features=features.front_end())
+    write_index(measured)
+    return measured
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    if not paths:
+        raise DataError("no tar given: name the shards, such as FOLDER/*.tar")
+    for path in paths:
+        if path.suffix != ".tar" or not path.is_file():
+            raise DataError(f"{path}: no such .tar file; name the shards, such as FOLDER/*.tar")
+    if other := [path for path in paths if path.parent != paths[0].parent]:
+        raise DataError(f"{other[0]}: is not in {paths[0].parent}; the shards of an index lie in one folder")
+    return paths[0].parent
+
+
+def _scan_tar(task: tuple[Path, Features]) -> _Scanned:
+    path, features = task
+    meter = LogMelMeter(features)
+    rows, left_out = [], []
+    with open(path, "rb") as file:
+        for key, offset, size in _audio_members(path):
+            file.seek(offset)
+            encoded = file.read(size)
+            try:
+                info = probe(encoded)
+                check_length(info.samples, info.sample_rate, features)
+                meter.add(to_int16(decode(encoded, features.sample_rate)))
+            except BadClip as error:
+                left_out.append(LeftOut(f"{path.name}/{key}", 0.0, error.reason, error.detail))
+                continue
+            rows.append(
+                (
+                    offset,
+                    size,
+                    info.samples,
+                    info.sample_rate,
+                    info.format,
+                    key.encode(errors="surrogateescape"),
+                )
+            )
+    return _Scanned(path, rows, left_out, meter.sums)
+
+
+def _audio_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Key (name without suffix), offset and size of each regular audio member, in tar order."""
+    total = path.stat().st_size
+    seen = set()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if not 0 <= member.size <= total - member.offset_data or len(member.name) > MAX_NAME:
+                    raise DataError(f"{path}: is cut off or damaged at {str(name)[:80]}; copy it again")
+                if name.suffix.lower() not in SUFFIXES or not member.isreg() or member.issparse():
+                    continue
+                key = str(name.with_suffix(""))
+                if key in seen:
+                    raise DataError(f"{path}: holds {key} twice; write the shard again with one of them")
+                seen.add(key)
+                yield key, member.offset_data, member.size
+            # tarfile takes a damaged header in the middle for the end of the tar.
+            end = tar.offset
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{path}: is not a complete, uncompressed tar ({error}); copy it again") from None
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{path}: is cut off or damaged at byte {end}; copy it again")
+    if not seen:
+        raise DataError(f"{path}: holds no audio members; they must end in {', '.join(sorted(SUFFIXES))}")
+
+
+def _prefixed(scan: _Scanned) -> list[tuple[int, int, int, int, str, bytes]]:
+    return [
+        (*row[:-1], scan.path.stem.encode(errors="surrogateescape") + b"/" + row[-1]) for row in scan.rows
+    ]
+
+
+def _write_sidecar(scan: _Scanned) -> Shard:
+    path = scan.path
+    digest = write_members(path.with_suffix(".members.npy"), member_table(scan.rows))
+    return Shard(path.name, len(scan.rows), path.stat().st_size, file_sha256(path), digest, path)
+
+
+def _verify_shard(task: tuple[Shard, bool]) -> tuple[str, list[str]]:
+    shard, decode_clips = task
+    try:
+        if fault := shard_fault(shard, "digest"):
+            return shard.name, [fault]
+        table = members(shard)
+    except FileNotFoundError:
+        return shard.name, [f"{shard.path}: missing"]
+    except DataError as error:
+        return shard.name, [str(error)]
+    return shard.name, list(_clip_faults(shard, table)) if decode_clips else []
+
+
+def _clip_faults(shard: Shard, table: np.ndarray) -> Iterator[str]:
+    for row, encoded in _clips(shard, table):
+        name = f"{shard.path}: {row['key'].decode(errors='replace')}"
+        try:
+            samples = len(decode(encoded, int(row["rate"])))
+        except BadClip as error:
+            yield f"{name}: {error}"
+            continue
+        if samples != row["samples"]:
+            yield f"{name}: {samples} samples, its sidecar says {row['samples']}"
+
+
+def _measure_shard(task: tuple[Shard, Features]) -> tuple[str, np.ndarray]:
+    shard, features = task
+    meter = LogMelMeter(features)
+    for row, encoded in _clips(shard, members(shard)):
+        try:
+            meter.add(to_int16(decode(encoded, features.sample_rate)))
+        except BadClip as error:
+            key = row["key"].decode(errors="replace")
+            raise DataError(
+                f"{shard.path}: {key}: {error}; see `msm-dist data verify {shard.path.parent}`"
+            ) from None
+    return shard.name, meter.sums
+
+
+def _clips(shard: Shard, table: np.ndarray) -> Iterator[tuple[np.void, bytes]]:
+    with open(shard.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for row in table:
+            yield row, content[row["offset"] : row["offset"] + row["size"]]

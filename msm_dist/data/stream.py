@@ -1,0 +1,235 @@
+"""The stream: follows the plan in worker processes and hands one rank its batches, in the plan's order.
+
+In: plan, index, front end, the batch layout, a rank and the first step. Out: an endless iterator of `Batch`
+whose order depends on no timing. Fails with DataError (see crops.py, and a worker that died), raised in the
+training process whichever process met it.
+
+    training process   Loader <- DataLoader <- workers 0, 1, ... K-1 in turn
+    worker             numbers of blocks -> crops read, decoded, filled in -> Batch    (webdataset stages)
+"""
+
+import atexit
+import ctypes
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, get_worker_info
+
+from msm_dist.config import BatchLayout, Data, Features
+from msm_dist.data.crops import Block, CropReader, Source
+from msm_dist.data.index import Index
+from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
+from msm_dist.errors import DataError, MsmError
+
+PREFETCHED_BATCHES = 3  # per worker
+WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B crops: whole blocks, in ascending order of their numbers."""
+
+    waveform: torch.Tensor
+    """int16 [B, features.crop_samples(crop_frames)]: full scale is 2**15."""
+    sample_ids: torch.Tensor
+    """int64 [B, 3]: epoch, clip, crop."""
+    blocks: torch.Tensor
+    """int64 [B]: global number of each crop's block."""
+    offsets: torch.Tensor
+    """int64 [B]: first frame of each crop in its clip."""
+    keys: list[str]
+    """Key of each crop's clip in its shard."""
+    num_bad: int
+    """Crops that stand in for clips that can't be decoded."""
+    num_missing: int
+    """Crops that stand in for clips of missing shards."""
+
+
+class Loader:
+    """Endless iterator over one rank's batches. To be closed: its workers ignore SIGTERM."""
+
+    def __init__(self, batches: Iterator[Batch | MsmError], workers: list[multiprocessing.Process]):
+        self._batches = batches
+        self._workers = workers
+        # Else multiprocessing would wait at exit for workers that never end.
+        atexit.register(self.close)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers]
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises the MsmError that a worker met, DataError if a worker died."""
+        try:
+            item = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            # What DataLoader raises for a dead worker depends on where it was.
+            dead = connection.wait([worker.sentinel for worker in self._workers], timeout=1)
+            if not dead:
+                raise
+            raise DataError(_epitaph(next(w for w in self._workers if w.sentinel in dead))) from error
+        if isinstance(item, MsmError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Kill the workers at once, wherever they are: nothing they do needs finishing."""
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+
+
+def make_loader(
+    plan: Plan,
+    index: Index,
+    features: Features,
+    data: Data,
+    layout: BatchLayout,
+    rank: int,
+    start_step: int = 0,
+    missing: Collection[int] = (),
+) -> Loader:
+    """The micro-batches of `rank` from `start_step` on, in order, without end: layout.accumulation per step.
+
+    data.num_workers processes read them ahead, or none (0). `missing`: shards known to be absent. Raises
+    ConfigError if the plan's lanes don't spread evenly over ranks and workers.
+    """
+    check_lanes(plan, layout.world_size, data.num_workers)
+    source = Source(plan, index, features, data.crop_frames, frozenset(missing))
+    pipeline = webdataset.DataPipeline(
+        partial(_micro_batches, layout, rank, start_step), partial(_read, source), _collate, _faults_as_items
+    )
+    if data.num_workers == 0:
+        return Loader(iter(pipeline), [])
+    loader = DataLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=data.num_workers,
+        prefetch_factor=PREFETCHED_BATCHES,
+        worker_init_fn=partial(_start_worker, os.getpid()),
+    )
+    before = set(multiprocessing.active_children())
+    with _undisturbed_start():
+        batches = iter(loader)
+    return Loader(batches, [child for child in multiprocessing.active_children() if child not in before])
+
+
+def trace_records(batch: Batch, step: int, ids_keep: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """What was trained on, a record per crop: where it stood, which it was, hashes of its samples and mask.
+
+    `slot` counts inside the block, `audio` is the BLAKE2b (8 bytes) of the int16 crop, `mask` that of its row
+    of `ids_keep` (int64 [B, K] ascending), if given.
+    """
+    first = torch.searchsorted(batch.blocks, batch.blocks)
+    columns = {
+        "block": batch.blocks.tolist(),
+        "slot": (torch.arange(len(first)) - first).tolist(),
+        "key": batch.keys,
+        **dict(zip(("epoch", "clip", "crop"), batch.sample_ids.T.tolist(), strict=True)),
+        "offset": batch.offsets.tolist(),
+        "audio": [_hash(row) for row in batch.waveform.numpy()],
+    }
+    if ids_keep is not None:
+        columns["mask"] = [_hash(row) for row in ids_keep]
+    rows = zip(*columns.values(), strict=True)
+    return [{"step": step, **dict(zip(columns, row, strict=True))} for row in rows]
+
+
+def _micro_batches(layout: BatchLayout, rank: int, start_step: int) -> Iterator[np.ndarray]:
+    """First stage: the numbers of the blocks in each of this worker's micro-batches."""
+    info = get_worker_info()
+    worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+    for i in itertools.count(start_step * layout.accumulation + worker, num_workers):
+        yield micro_batch_blocks(i, rank, layout.world_size, layout.blocks_per_micro_batch)
+
+
+def _read(source: Source, micro_batches: Iterable[np.ndarray]) -> Iterator[list[Block]]:
+    """Second stage: the blocks, read and filled in."""
+    reader = CropReader(source)
+    for numbers in micro_batches:
+        yield [reader.block(number) for number in numbers.tolist()]
+
+
+def _collate(micro_batches: Iterable[list[Block]]) -> Iterator[Batch]:
+    """Third stage: tensors."""
+    for blocks in micro_batches:
+        crops = [crop for block in blocks for crop in block.crops]
+        yield Batch(
+            waveform=torch.from_numpy(np.stack([crop.waveform for crop in crops])),
+            sample_ids=torch.from_numpy(np.concatenate([block.sample_ids for block in blocks])),
+            blocks=torch.tensor([block.number for block in blocks for _ in block.crops]),
+            offsets=torch.tensor([crop.offset for crop in crops]),
+            keys=[crop.key for crop in crops],
+            num_bad=sum(block.num_bad for block in blocks),
+            num_missing=sum(block.num_missing for block in blocks),
+        )
+
+
+def _faults_as_items(batches: Iterable[Batch]) -> Iterator[Batch | MsmError]:
+    """Last stage: a fault for the user travels as an item; raised, it would arrive inside a traceback."""
+    try:
+        yield from batches
+    except MsmError as fault:
+        yield fault
+
+
+@contextmanager
+def _undisturbed_start() -> Iterator[None]:
+    """Workers are born with WORKER_IGNORES blocked, and DataLoader's SIGCHLD handler does not stay.
+
+    It would raise wherever the training process happens to be when a worker dies; `Loader` looks itself.
+    """
+    previous = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_IGNORES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, previous)
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    """A worker is deaf to the signals meant for the training process, and dies with it however that dies."""
+    for number in WORKER_IGNORES:
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    torch.set_num_threads(1)
+
+
+def _epitaph(worker: multiprocessing.Process) -> str:
+    # Its end of the sentinel closes a moment before its exit code is known.
+    worker.join()
+    code = worker.exitcode
+    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return (
+        f"a loader worker died ({cause}). After SIGKILL lower data.num_workers, it was most likely out of "
+        "memory; after SIGBUS look at the disk of the shards and the size of /dev/shm. Start again: the "
+        "run continues from its last checkpoint"
+    )
+
+
+def _hash(row: np.ndarray) -> str:
+    return hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest()

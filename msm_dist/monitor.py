@@ -192,6 +192,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return at_once * 2.0 * size**3 / fastest
 
 
+def device_memory_gib(device: torch.device) -> float:
+    """Most memory that tensors have taken on `device` so far, in GiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a jsonl file in order; a last line torn by a kill is left out. Raises DataError."""
     try:

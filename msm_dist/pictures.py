@@ -53,16 +53,14 @@ def make_picture(
     patch_size: tuple[int, int],
     normalize_targets: bool,
     features: Features,
-    statistics: tuple[float, float],
 ) -> Picture:
     """Picture of one clip: spectrogram [1, F, T], its prediction [M, ph * pw], its masking (batch size 1).
 
-    `statistics` are the (mean, std) that normalised the spectrogram.
+    `features` holds the mean and std that normalised the spectrogram.
     """
     rebuilt = reconstruct(spectrogram, masking, prediction, patch_size, normalize_targets)
     hidden = hidden_cells(spectrogram, masking, patch_size)
-    mean, std = statistics
-    logmels = torch.stack([spectrogram[0], rebuilt[0]]).float() * std + mean
+    logmels = torch.stack([spectrogram[0], rebuilt[0]]).float() * features.std + features.mean
     sounds = invert_logmel(logmels, features)
     sounds = sounds * (PEAK / sounds.abs().max().clamp_min(QUIETEST))
     return Picture(

@@ -1,3 +1,5 @@
+"""The record of a run: lines that survive a kill, a TensorBoard that answers, rates and FLOPs."""
+
 import json
 import re
 import resource

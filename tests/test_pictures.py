@@ -1,3 +1,5 @@
+"""Pictures and sounds of a reconstruction."""
+
 import math
 
 import matplotlib.image
@@ -20,9 +22,8 @@ from msm_dist.pictures import (
 from msm_kernels.patch_masking import masking_from_keep
 from msm_kernels.reference import patchify, select_rows
 
-FEATURES = Features()
+FEATURES = Features(mean=-7.1, std=4.2)
 PATCH = (16, 16)
-STATISTICS = (-7.1, 4.2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def logmel():
 
 @pytest.fixture(scope="module")
 def spectrogram(logmel):
-    return normalize(logmel, *STATISTICS)
+    return normalize(logmel, FEATURES.mean, FEATURES.std)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +108,8 @@ def test_inversion_is_deterministic_and_leaves_the_generator_alone(logmel):
 
 
 def test_picture_scales_both_sounds_by_one_factor(spectrogram, masking):
-    quieter = masked_patches(spectrogram, masking) - 3.0 / STATISTICS[1]
-    picture = make_picture(spectrogram, masking, quieter, PATCH, False, FEATURES, STATISTICS)
+    quieter = masked_patches(spectrogram, masking) - 3.0 / FEATURES.std
+    picture = make_picture(spectrogram, masking, quieter, PATCH, False, FEATURES)
     peaks = {name: waveform.abs().max().item() for name, waveform in picture.audio.items()}
     assert max(peaks.values()) == pytest.approx(0.9, rel=1e-5)
     level = {name: waveform.square().mean().sqrt().item() for name, waveform in picture.audio.items()}
@@ -117,9 +118,9 @@ def test_picture_scales_both_sounds_by_one_factor(spectrogram, masking):
 
 
 def test_silence_stays_silent(masking):
-    silence = normalize(torch.full((1, 80, 208), math.log(1.1920929e-7)), *STATISTICS)
+    silence = normalize(torch.full((1, 80, 208), math.log(1.1920929e-7)), FEATURES.mean, FEATURES.std)
     target = masked_patches(silence, masking)
-    picture = make_picture(silence, masking, target, PATCH, False, FEATURES, STATISTICS)
+    picture = make_picture(silence, masking, target, PATCH, False, FEATURES)
     assert picture.audio["input"].abs().max() < 0.1
 
 

@@ -69,7 +69,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     return {
         "truncated.flac": (flac[: len(flac) // 2], "undecodable"),
         "flipped.flac": (bytes(flipped), "undecodable"),
-        "truncated.mp3": (mp3[: len(mp3) // 2], "truncated"),
+        "halved.mp3": (mp3[: len(mp3) // 2], "truncated"),
         "nothing.wav": (b"", "empty"),
         "header_only.wav": (encode(good[:0], "wav"), "empty"),
         "text.wav": (b"this is no audio\n" * 100, "undecodable"),

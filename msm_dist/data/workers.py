@@ -4,21 +4,18 @@ In: a top-level function and its tasks. Out: the results as they are finished. A
 here; a process that dies raises DataError.
 """
 
-import ctypes
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
 
 from msm_dist.errors import DataError
-
-PR_SET_PDEATHSIG = 1
 
 
 def run_tasks(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -27,8 +24,10 @@ def run_tasks(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int
     if min(workers, len(tasks)) <= 1:
         yield from _run_here(function, tasks)
         return
-    # Forking a process that has used torch's threads can deadlock the child.
-    executor = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), _start, (os.getpid(),))
+    # Forking a process that has used torch's threads can deadlock the child; the server has only imported it.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["msm_dist.data.stats"])
+    executor = ProcessPoolExecutor(min(workers, len(tasks)), context, _start)
     try:
         for future in as_completed([executor.submit(function, task) for task in tasks]):
             yield future.result()
@@ -51,11 +50,13 @@ def _run_here(function: Callable[[Any], Any], tasks: list[Any]) -> Iterator[Any]
         torch.set_num_threads(threads)
 
 
-def _start(parent: int) -> None:
-    """One thread; end at once with Ctrl-C and with the parent, however it dies."""
+def _start() -> None:
+    """One torch thread; end at once with Ctrl-C, and with the command, however that dies."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)

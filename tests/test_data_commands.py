@@ -1,0 +1,113 @@
+"""`msm-dist data ...` as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from msm_dist.data.commands import app
+from msm_dist.data.index import load_index
+from msm_dist.errors import ConfigError, DataError
+from tests.audio_files import bad_files, encode, noise, write_audio
+from tests.shards import damage_clip
+from tests.test_shards import write_tar
+
+
+def run(*arguments: object) -> str:
+    """What the command prints; its error, if it has one, is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus")
+    run("synth", out / "audio", "--clips", 12, "--valid-clips", 3, "--seed", 5)
+    return out
+
+
+def test_embedded_corpus_is_packed_verified_and_measured(corpus):
+    for split, count in (("train", 12), ("valid", 3)):
+        audio, shards = corpus / "audio", corpus / "shards" / split
+        csv = ["--csv", audio / f"{split}_segments.csv", "--labels", audio / "class_labels_indices.csv"]
+        output = run("pack", audio / split, shards, *csv, "--shard-clips", 8, "--workers", 1)
+        assert f"{count} clips" in output
+        assert "left out" not in output
+        assert "every clip decodes" in run("verify", shards, "--decode", "--workers", 1)
+        index = load_index(str(shards))
+        assert (index.num_clips, index.sample_rate) == (count, 16000)
+        assert -16 < index.mean < 0 < index.std < 10
+        assert f"mean {index.mean:.4f}, std {index.std:.4f}" in run("stats", shards, "--workers", 1)
+
+
+def test_what_is_left_out_is_shown(tmp_path):
+    write_audio(tmp_path / "audio" / "good.ogg", noise(16000), "ogg")
+    for name, (content, _) in bad_files().items():
+        (tmp_path / "audio" / name).write_bytes(content)
+    output = run("pack", tmp_path / "audio", tmp_path / "out", "--name", "mine", "--workers", 1)
+    assert "1 clips" in output
+    assert "truncated.flac at 0 s: undecodable" in output or "many_channels.wav at 0 s: undecodable" in output
+    assert str(tmp_path / "out" / "report.json") in output
+    assert (tmp_path / "out" / "mine-000000.tar").exists()
+
+
+def test_foreign_tars_are_indexed_with_the_front_end_of_a_configuration(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", {"x/a.flac": encode(noise(8000)), "x/b.mp3": encode(noise(8000), "mp3")}
+    )
+    (tmp_path / "run.yaml").write_text("train: {steps: 1}\nfeatures: {n_mels: 48}\n")
+    assert "2 clips" in run("index", path, "--config", tmp_path / "run.yaml", "--workers", 1)
+    assert load_index(str(tmp_path)).features["n_mels"] == 48
+    run("stats", tmp_path, "--workers", 1)
+    assert load_index(str(tmp_path)).features["n_mels"] == 80
+
+
+def test_damage_is_named_by_verify(tmp_path):
+    paths = [write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(4000))}) for name in "abc"]
+    run("index", *paths, "--workers", 1)
+    index = load_index(str(tmp_path))
+    assert "as indexed" in run("verify", tmp_path, "--workers", 1)
+    damage_clip(index, 0)
+    index.shards[2].path.unlink()
+    with pytest.raises(DataError) as fault:
+        run("verify", tmp_path, "--workers", 1)
+    assert "a.tar: sha256" in str(fault.value)
+    assert "c.tar: missing" in str(fault.value)
+    assert "b.tar" not in str(fault.value)
+
+
+def test_faults_of_the_user_are_told_apart(corpus, tmp_path):
+    for arguments, kind in [
+        (["pack", tmp_path / "missing", tmp_path / "out"], DataError),
+        (["pack", corpus / "audio", tmp_path / "out", "--seed", "-1"], ConfigError),
+        (["verify", tmp_path], DataError),
+        (["stats", tmp_path / "missing"], DataError),
+        (["index", tmp_path / "missing.tar"], DataError),
+        (["synth", corpus / "audio", "--clips", 1], ConfigError),
+    ]:
+        with pytest.raises(kind):
+            run(*arguments, *([] if arguments[0] == "synth" else ["--workers", 1]))
+
+
+def test_real_process_ends_with_one_message_and_code_2(tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "msm_dist", "data", "pack", tmp_path / "empty", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert f"{tmp_path / 'empty'}: holds no audio" in result.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, msm_dist.data.commands; print('torch' in sys.modules, 'soundfile' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_report_is_json_for_other_tools(corpus):
+    assert json.loads((corpus / "shards" / "train" / "report.json").read_text())["clips"] == 12

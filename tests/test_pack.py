@@ -1,0 +1,425 @@
+"""Packing: what ends up in the shards, in which order, and that a kill costs nothing but time."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+
+from msm_dist.config import Features
+from msm_dist.data.audio import decode, to_int16
+from msm_dist.data.clips import cut, unique_stems
+from msm_dist.data.index import load_index, members
+from msm_dist.data.pack import PackSettings, pack
+from msm_dist.errors import ConfigError, DataError
+from tests.audio_files import bad_files, noise, write_audio
+
+SETTINGS = PackSettings(shard_clips=8, seed=1)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """Two nested folders of twelve short FLAC files each, sorted by class."""
+    for label in ("cat", "dog"):
+        for i in range(12):
+            clip = noise(2000 + 100 * i, seed=2 * i + (label == "dog"))
+            write_audio(tmp_path / "source" / label / f"{label}{i:02d}.flac", clip)
+    return tmp_path / "source"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def packed(out: Path) -> list[tuple[str, np.ndarray, dict]]:
+    """(key, samples, json) in the order of the shards, read by the sidecars' offsets and by tarfile."""
+    clips = []
+    for shard in load_index(str(out)).shards:
+        content = shard.path.read_bytes()
+        with tarfile.open(shard.path) as tar:
+            assert [member.mtime + member.uid + member.gid for member in tar] == [0] * (2 * shard.clips)
+            for row in members(shard):
+                key = row["key"].decode()
+                encoded = content[row["offset"] : row["offset"] + row["size"]]
+                assert encoded == tar.extractfile(f"{key}.flac").read()
+                samples = to_int16(decode(encoded, 16000))
+                assert (len(samples), row["rate"], row["format"]) == (row["samples"], 16000, b"flac")
+                clips.append((key, samples, json.load(tar.extractfile(f"{key}.json"))))
+    return clips
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_every_file_is_packed_once_with_its_samples_and_origin(source, tmp_path):
+    index = pack(source, tmp_path / "out", SETTINGS)
+    assert (index.num_clips, index.sample_rate, [shard.clips for shard in index.shards]) == (
+        24,
+        16000,
+        [8, 8, 8],
+    )
+    assert [shard.name for shard in index.shards] == [f"source-{i:06d}.tar" for i in range(3)]
+    clips = packed(tmp_path / "out")
+    assert len({key for key, _, _ in clips}) == 24
+    for key, samples, info in clips:
+        file = info["origin"]["file"]
+        assert key == file.replace("/", "_").replace(".flac", "_0")
+        np.testing.assert_array_equal(samples, soundfile.read(source / file, dtype="int16")[0])
+    assert index.seconds == pytest.approx(sum(len(samples) for _, samples, _ in clips) / 16000)
+    assert not (tmp_path / "out" / ".pack").exists()
+
+
+def test_webdataset_reads_the_shards(source, tmp_path):
+    pack(source, tmp_path / "out", SETTINGS)
+    samples = list(
+        webdataset.WebDataset(str(tmp_path / "out" / "source-{000000..000002}.tar"), shardshuffle=False)
+    )
+    assert len(samples) == 24
+    assert all({"flac", "json", "__key__"} <= set(sample) for sample in samples)
+
+
+def test_order_is_a_seeded_permutation_over_all_files(source, tmp_path):
+    orders = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        pack(source, tmp_path / name, replace(SETTINGS, seed=seed))
+        orders[name] = [key for key, _, _ in packed(tmp_path / name)]
+    assert orders["a"] == orders["b"]
+    assert orders["a"] != orders["c"]
+    assert sorted(orders["a"]) == sorted(orders["c"]) != orders["a"]
+    for first in (0, 8, 16):
+        assert len({key[:3] for key in orders["a"][first : first + 8]}) == 2
+
+
+def test_any_codec_rate_and_channel_count_becomes_16_khz_mono(tmp_path):
+    source = tmp_path / "source"
+    for codec, suffix, rate, channels in [
+        ("wav", "wav", 44100, 2),
+        ("float.wav", "WAV", 22050, 1),
+        ("ogg", "ogg", 48000, 6),
+        ("mp3", "mp3", 32000, 2),
+        ("flac24", "flac", 8000, 1),
+        ("flac", "wav", 16000, 1),
+    ]:
+        clip = noise(rate, channels=channels)
+        write_audio(source / f"{codec.replace('.', '-')}{rate}.{suffix}", clip, codec, rate)
+    write_audio(source / ".hidden.wav", noise(16000), "wav")
+    (source / "notes.txt").write_text("no audio")
+    index = pack(source, tmp_path / "out", SETTINGS)
+    assert index.num_clips == 6
+    for _, samples, info in packed(tmp_path / "out"):
+        assert len(samples) == 16000
+        assert samples.any()
+        assert info["origin"]["seconds"] == 1
+        assert str(info["origin"]["sample_rate"]) in info["origin"]["file"]
+
+
+def test_long_recording_is_cut_and_nothing_of_it_is_lost(tmp_path):
+    recording = noise(16000 * 5 + 12000)
+    write_audio(tmp_path / "source" / "long.flac", recording)
+    index = pack(tmp_path / "source", tmp_path / "out", replace(SETTINGS, segment_seconds=2.0))
+    clips = sorted(packed(tmp_path / "out"), key=lambda clip: clip[2]["origin"]["start_seconds"])
+    assert [key for key, _, _ in clips] == ["long_0", "long_2000", "long_4000"]
+    np.testing.assert_array_equal(np.concatenate([samples for _, samples, _ in clips]), recording)
+    assert index.seconds == 5.75
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pieces"),
+    [
+        (9.0, [9.0]),
+        (10.0, [10.0]),
+        (10.99, [10.99]),
+        (11.0, [10.0, 1.0]),
+        (20.0, [10.0, 10.0]),
+        (20.5, [10.0, 10.5]),
+        (21.5, [10.0, 10.0, 1.5]),
+    ],
+)
+def test_tail_under_a_second_joins_the_last_piece(seconds, pieces):
+    found = cut(round(seconds * 44100), 44100, 10.0)
+    assert [(stop - start) / 44100 for start, stop in found] == pytest.approx(pieces)
+
+
+def test_keys_are_unique_and_safe_in_a_webdataset_tar(tmp_path):
+    files = [
+        "a.b/c d.wav",
+        "a_b/c_d.wav",
+        "a_b/c_d.flac",
+        "猫/鳴き声.wav",
+        "犬/鳴き声.wav",
+        "x" * 120 + ".ogg",
+    ]
+    stems = unique_stems(files)
+    assert len(set(stems.values())) == len(files)
+    assert all(set(stem) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for stem in stems.values())
+    assert max(map(len, stems.values())) <= 72
+    assert unique_stems(files[::-1]) == stems
+    for file in files:
+        write_audio(tmp_path / "source" / file, noise(1000), "wav")
+    pack(tmp_path / "source", tmp_path / "out", SETTINGS)
+    assert {info["origin"]["file"] for _, _, info in packed(tmp_path / "out")} == set(files)
+
+
+def test_bad_files_are_left_out_with_their_reasons(source, tmp_path):
+    for name, (content, _) in bad_files().items():
+        (source / "dog" / name).write_bytes(content)
+    (source / "gone.wav").symlink_to(source / "nowhere.wav")
+    index = pack(source, tmp_path / "out", SETTINGS)
+    assert index.num_clips == 24
+    expected = {f"dog/{name}": reason for name, (_, reason) in bad_files().items()} | {
+        "gone.wav": "unreadable"
+    }
+    left_out = report(tmp_path / "out")["left_out"]
+    assert {entry["file"]: entry["reason"] for entry in left_out} == expected
+    assert [entry["file"] for entry in left_out] == sorted(expected)
+    assert report(tmp_path / "out")["reasons"]["undecodable"] == list(expected.values()).count("undecodable")
+    assert len(packed(tmp_path / "out")) == 24
+
+
+def test_long_recording_that_is_cut_off_is_left_out_at_once(source, tmp_path):
+    path = write_audio(source / "long.flac", noise(16000 * 30))
+    path.write_bytes(path.read_bytes()[:-20000])
+    pack(source, tmp_path / "out", replace(SETTINGS, segment_seconds=2.0))
+    assert [entry["file"] for entry in report(tmp_path / "out")["left_out"]] == ["long.flac"]
+
+
+def test_shard_without_a_good_clip_is_not_listed(tmp_path):
+    write_audio(tmp_path / "source" / "good.wav", noise(4000), "wav")
+    (tmp_path / "source" / "nan.wav").write_bytes(bad_files()["nan.wav"][0])
+    index = pack(tmp_path / "source", tmp_path / "out", replace(SETTINGS, shard_clips=1))
+    assert [shard.clips for shard in index.shards] == [1]
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
+
+
+def test_statistics_are_those_of_every_value_of_the_log_mel(source, tmp_path):
+    import torch
+
+    from msm_dist.features import LogMel
+
+    write_audio(source / "long.flac", noise(16000 * 70) // 100)
+    index = pack(source, tmp_path / "out", replace(SETTINGS, segment_seconds=3600.0))
+    log_mel = LogMel(Features())
+    values = [
+        log_mel(torch.from_numpy(s)[None], centred=True)[0, 0].double().numpy()
+        for _, s, _ in packed(index.root)
+    ]
+    values = np.concatenate(values, axis=1)
+    assert index.mean == pytest.approx(values.mean(), abs=1e-9)
+    assert index.std == pytest.approx(values.std(), abs=1e-9)
+    np.testing.assert_allclose(index.mel_mean, values.mean(axis=1), atol=1e-9)
+    assert index.features == Features().front_end()
+
+
+@pytest.fixture
+def audioset(source, tmp_path) -> PackSettings:
+    rows = [f'cat{i:02d}, 0.0, 1.0, "/m/cat"' for i in range(6)] + [
+        'dog03, 0.0, 1.0, "/m/dog,/m/cat"',
+        'owl, 0, 1, "/m/cat"',
+    ]
+    (tmp_path / "segments.csv").write_text("\n".join(["# YTID, start_seconds, end_seconds, labels", *rows]))
+    (tmp_path / "classes.csv").write_text("index,mid,display_name\n0,/m/cat,Cat\n1,/m/dog,Dog\n")
+    return replace(SETTINGS, csv=tmp_path / "segments.csv", labels=tmp_path / "classes.csv")
+
+
+def test_audioset_csv_selects_and_labels(source, tmp_path, audioset):
+    pack(source, tmp_path / "out", audioset)
+    clips = {key: info for key, _, info in packed(tmp_path / "out")}
+    assert set(clips) == {f"cat_cat{i:02d}_0" for i in range(6)} | {"dog_dog03_0"}
+    assert (clips["dog_dog03_0"]["labels"], clips["dog_dog03_0"]["names"]) == (
+        ["/m/dog", "/m/cat"],
+        ["Dog", "Cat"],
+    )
+    found = report(tmp_path / "out")
+    assert (found["files"], found["files_not_in_csv"], found["csv_clips_without_file"]) == (24, 17, 1)
+
+
+def test_csv_that_fits_nothing_is_an_error(source, tmp_path, audioset):
+    (tmp_path / "classes.csv").write_text("index,mid,display_name\n0,/m/cat,Cat\n")
+    with pytest.raises(DataError, match="'/m/dog'"):
+        pack(source, tmp_path / "out", audioset)
+    (tmp_path / "segments.csv").write_text('elsewhere, 0.0, 1.0, "/m/cat"\n')
+    with pytest.raises(DataError, match=r"elsewhere\.wav"):
+        pack(source, tmp_path / "out", audioset)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_without_usable_audio_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        pack(tmp_path / "missing", tmp_path / "out", SETTINGS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no audio"):
+        pack(tmp_path / "empty", tmp_path / "out", SETTINGS)
+    for name in ("text.wav", "nan.wav"):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / name).write_bytes(bad_files()[name][0])
+    with pytest.raises(DataError, match="none of its clips decodes") as fault:
+        pack(tmp_path / "bad", tmp_path / "out", SETTINGS)
+    assert "text.wav: undecodable" in str(fault.value)
+    assert "nan.wav: non_finite" in str(fault.value)
+    (tmp_path / "bad" / "nan.wav").unlink()
+    with pytest.raises(DataError, match=r"none of its 1 files can be used:\n  text.wav: undecodable"):
+        pack(tmp_path / "bad", tmp_path / "out2", SETTINGS)
+
+
+def test_silent_folder_has_no_statistics(tmp_path):
+    write_audio(tmp_path / "source" / "silence.wav", np.zeros(4000, np.int16), "wav")
+    with pytest.raises(DataError, match="silent"):
+        pack(tmp_path / "source", tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shard_clips": 0}, "--shard-clips = 0"),
+        ({"segment_seconds": 0.5}, "--segment-seconds = 0.5"),
+        ({"segment_seconds": float("nan")}, "--segment-seconds = nan"),
+        ({"seed": -1}, "--seed = -1"),
+        ({"name": "../x"}, "--name = ../x"),
+        ({"labels": Path("x.csv")}, "--labels = x.csv"),
+    ],
+)
+def test_impossible_settings_are_refused(source, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        pack(source, tmp_path / "out", replace(SETTINGS, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, "seed was 1, is 2"),
+        ({"shard_clips": 4}, "shard_clips was 8, is 4"),
+        ({"segment_seconds": 5.0}, "segment_seconds was 10.0, is 5.0"),
+        ({"name": "x"}, "first_shard was source-000000.tar, is x-000000.tar"),
+        ({"features": Features(n_mels=64)}, "features was"),
+    ],
+)
+def test_folder_packed_with_other_settings_is_left_alone(source, tmp_path, changes, message):
+    pack(source, tmp_path / "out", SETTINGS)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):
+        pack(source, tmp_path / "out", replace(SETTINGS, **changes))
+    assert contents(tmp_path / "out") == before
+
+
+def test_folder_packed_from_other_audio_is_left_alone(source, tmp_path):
+    pack(source, tmp_path / "out", SETTINGS)
+    write_audio(source / "new.wav", noise(4000), "wav")
+    with pytest.raises(ConfigError, match="audio files or labels differ"):
+        pack(source, tmp_path / "out", SETTINGS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.tar").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="not packed by this command"):
+        pack(source, tmp_path / "other", SETTINGS)
+
+
+def test_finished_pack_is_not_done_again(source, tmp_path):
+    first = pack(source, tmp_path / "out", SETTINGS)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert pack(source, tmp_path / "out", SETTINGS) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+    first.shards[0].path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="7 bytes"):
+        pack(source, tmp_path / "out", SETTINGS)
+
+
+def test_two_packs_do_not_share_a_folder(source, tmp_path):
+    pack(source, tmp_path / "out", SETTINGS)
+    with open(tmp_path / "out" / "pack.json") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another pack"):
+            pack(source, tmp_path / "out", SETTINGS)
+
+
+def test_full_disk_is_a_clear_error_and_the_same_call_continues(source, tmp_path, monkeypatch):
+    pack(source, tmp_path / "undisturbed", SETTINGS)
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device", "the/shard")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="the/shard: No space left on device"):
+        pack(source, tmp_path / "out", SETTINGS)
+    with pytest.raises(DataError, match="unfinished"):
+        load_index(str(tmp_path / "out"))
+    monkeypatch.setattr(os, "fsync", sync)
+    pack(source, tmp_path / "out", SETTINGS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_pack_stopped_before_any_rename_continues_to_the_same_bytes(source, tmp_path, monkeypatch, stop):
+    undisturbed = pack(source, tmp_path / "undisturbed", SETTINGS)
+    rename, names = Path.replace, []
+
+    def stopping(path, target):
+        names.append(Path(target).name)
+        if len(names) == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stopping)
+        pack(source, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert pack(source, tmp_path / "out", SETTINGS).digest == undisturbed.digest
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def descendants(pid: int) -> set[int]:
+    found = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    return found.union(*map(descendants, found))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_pack_continues_to_the_same_bytes_and_leaves_no_process(source, tmp_path):
+    for i in range(48):
+        write_audio(source / f"more{i}.wav", noise(16000 * 9, seed=i), "wav")
+    settings = replace(SETTINGS, shard_clips=4)
+    pack(source, tmp_path / "undisturbed", settings)
+    out = tmp_path / "out"
+    arguments = ["data", "pack", source, out, "--shard-clips", "4", "--seed", "1", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "msm_dist", *map(str, arguments)], stderr=subprocess.DEVNULL
+    )
+    try:
+        while not list((out / ".pack").glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        started = descendants(process.pid)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, started)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(started) >= 3
+    assert not any(map(is_running, started))
+    with pytest.raises(DataError, match="unfinished"):
+        load_index(str(out))
+    finished = {path.stem: (out / path.stem).stat().st_ino for path in (out / ".pack").glob("*.json")}
+    pack(source, out, settings)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert 0 < len(finished) < 18
+    assert {name: (out / name).stat().st_ino for name in finished} == finished

@@ -96,7 +96,7 @@ def test_a_chunk_sees_nothing_of_later_ones(encoder):
 
 def test_a_probe_can_be_trained_on_embeddings(encoder):
     probe = torch.nn.Linear(encoder.embedding_size, 2)
-    probe(encoder.embed(noise(2, 3200), RATE)).sum().backward()
+    probe(encoder.encode(noise(2, 3200), RATE)).sum().backward()
     assert probe.weight.grad.abs().sum() > 0
 
 

@@ -204,7 +204,7 @@ def test_every_token_returns_to_its_place(num_prefix):
 def test_restored_positions_are_added_before_rounding():
     masking = masking_from_keep(torch.tensor([[1]]), 2)
     tokens, mask_token = torch.full((1, 1, 1), 1.0).bfloat16(), torch.full((1, 1, 1), 3.0).bfloat16()
-    positions = torch.tensor([[2**-8 * 1.01], [2**-8 * 1.01]])  # just above half a bfloat16 step at 1
+    positions = torch.full((2, 1), 2**-8 * (1 + 2**-10))  # above half a bfloat16 step at 1; in bfloat16 a tie
     restored = restore_tokens(tokens, masking, mask_token, positions, 0)
     assert restored.dtype == torch.bfloat16
     assert restored[0, 1].item() == 1 + 2**-7

@@ -1,5 +1,6 @@
 """Batches from real loader processes: the plan's order whatever the layout, and clean ends of every kind."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +21,7 @@ import torch
 from msm_dist.config import BatchLayout, Data, Features
 from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.plan import make_plan, micro_batch_blocks
-from msm_dist.data.stream import Batch, make_loader, trace_records
+from msm_dist.data.stream import Batch, _start_worker, make_loader, trace_records
 from msm_dist.errors import ConfigError, DataError
 from tests.shards import damage_clip, noise_clips, write_corpus
 
@@ -107,6 +109,13 @@ def test_a_batch_has_the_promised_shapes_and_types(corpus):
     assert len(batch.keys) == 8 and (batch.num_bad, batch.num_missing) == (0, 0)
 
 
+def test_a_loader_draws_no_random_numbers_of_the_training_process(corpus):
+    state = torch.get_rng_state()
+    with loader_of(corpus, 1, layout_of(1, 8)) as loader:
+        next(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_stand_ins_are_counted_apart_and_logged_once_per_worker(tmp_path, caplog):
     index = write_corpus(tmp_path, noise_clips(150), clips_per_shard=40)
     damage_clip(index, 10)
@@ -160,10 +169,11 @@ def test_a_killed_worker_is_an_error_of_the_next_batches(corpus):
                 pass
 
 
-def test_a_dead_worker_does_not_interrupt_the_training_process(corpus):
+def test_the_training_process_keeps_its_signals_and_is_not_interrupted_by_a_dead_worker(corpus):
     handler = signal.getsignal(signal.SIGCHLD)
     with loader_of(corpus, 1, layout_of(1, 8)) as loader:
         assert signal.getsignal(signal.SIGCHLD) == handler
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
         os.kill(loader.worker_pids[0], signal.SIGKILL)
         wait_until(lambda: state_of(loader.worker_pids[0]) == "Z")
 
@@ -197,10 +207,29 @@ def test_workers_die_with_a_training_process_that_is_killed(corpus):
     process = multiprocessing.get_context("fork").Process(target=train)
     process.start()
     pids = receiver.recv()
-    assert all(state_of(pid) not in "ZX" for pid in pids)
+    for pid in pids:
+        # A stopped process can't find out by itself that its parent is gone.
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda pid=pid: state_of(pid) == "T")
     process.kill()
     process.join()
     wait_until(lambda: all(state_of(pid) in "ZX" for pid in pids))
+
+
+def test_a_worker_whose_parent_died_before_it_could_ask_to_die_with_it_ends():
+    process = multiprocessing.get_context("fork").Process(target=_start_worker, args=(1, 0))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+
+
+def test_a_closed_loader_is_let_go(corpus):
+    loader = open_loader(corpus, 0, layout_of(1, 8))
+    loader.close()
+    gone = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_program_that_forgets_to_close_its_loader_still_ends(corpus):

@@ -37,6 +37,7 @@ from msm_dist.errors import DataError, MsmError
 PREFETCHED_BATCHES = 3  # per worker
 WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
+KILL_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Loader:
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
-            worker.join()
+            # A read that hangs in the kernel outlives even SIGKILL.
+            worker.join(KILL_SECONDS)
 
 
 def make_loader(
@@ -127,6 +129,7 @@ def make_loader(
         num_workers=data.num_workers,
         prefetch_factor=PREFETCHED_BATCHES,
         worker_init_fn=partial(_start_worker, os.getpid()),
+        generator=torch.Generator(),  # for the seeds of the workers, which use none: the global one stays
     )
     before = set(multiprocessing.active_children())
     with _undisturbed_start():
@@ -195,9 +198,9 @@ def _faults_as_items(batches: Iterable[Batch]) -> Iterator[Batch | MsmError]:
 
 @contextmanager
 def _undisturbed_start() -> Iterator[None]:
-    """Workers are born with WORKER_IGNORES blocked, and DataLoader's SIGCHLD handler does not stay.
+    """Workers are born deaf to the signals meant for the training process; no SIGCHLD handler stays.
 
-    It would raise wherever the training process happens to be when a worker dies; `Loader` looks itself.
+    DataLoader's would raise wherever the training process is when a worker dies; `Loader` looks itself.
     """
     previous = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_IGNORES)
@@ -210,9 +213,7 @@ def _undisturbed_start() -> Iterator[None]:
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """A worker is deaf to the signals meant for the training process, and dies with it however that dies."""
-    for number in WORKER_IGNORES:
-        signal.signal(number, signal.SIG_IGN)
+    """A worker dies with the training process, however that dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

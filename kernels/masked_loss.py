@@ -32,8 +32,6 @@ def masked_patch_loss(
     if not prediction.numel():
         raise ValueError("masking hides no patch of the batch: the loss needs at least one")
     if normalize and pixels < 2:
-        raise ValueError(
-            f"patch_size = {patch_size}: the variance of a normalised target needs 2 pixels or more"
-        )
+        raise ValueError(f"patch_size = {patch_size}: the variance of a normalised target needs 2 pixels or more")
     resolve(backend, prediction.device)
     return reference.masked_patch_loss(prediction, spectrogram, masking, patch_size, normalize)

@@ -40,9 +40,7 @@ def random_masking(
             "(epoch, clip, crop) per clip"
         )
     if not 0 < num_keep < num_patches:
-        raise ValueError(
-            f"num_keep = {num_keep} of {num_patches} patches: at least one must be visible and one masked"
-        )
+        raise ValueError(f"num_keep = {num_keep} of {num_patches} patches: at least one must be visible and one masked")
     resolve(backend, sample_ids.device)
     return reference.random_masking(seed, sample_ids, num_patches, num_keep)
 
@@ -100,9 +98,7 @@ def check_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, 
         raise ValueError(f"spectrogram is {list(spectrogram.shape)}: must be [B, 1, mel bands, frames]")
     batch, _, bands, frames = spectrogram.shape
     if bands % ph or frames % pw or not bands * frames:
-        raise ValueError(
-            f"spectrogram of {bands} bands x {frames} frames: must be a whole number of {ph}x{pw} patches"
-        )
+        raise ValueError(f"spectrogram of {bands} bands x {frames} frames: must be a whole number of {ph}x{pw} patches")
     num_patches = (bands // ph) * (frames // pw)
     check_shape("masking.ids_restore", masking.ids_restore, (batch, num_patches))
     num_keep = masking.ids_keep.shape[-1]

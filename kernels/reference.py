@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-MASK_TAG = (
-    1  # purpose of the draw, in the top byte of counter word 1: other draws of a sample take other tags
-)
+MASK_TAG = 1  # purpose of the draw, in the top byte of counter word 1: other draws of a sample take other tags
 CROP_BITS = 24
 UINT32 = 0xFFFFFFFF
 
@@ -29,9 +27,7 @@ class Masking(NamedTuple):
     ids_restore: Tensor  # [B, L] position of patch l in concat(ids_keep, ids_masked)
 
 
-def philox(
-    seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four random words for each counter, equal to Triton's `tl.philox`.
 
     Key = (low, high) 32 bits of `seed`; counters are int64 tensors that broadcast, their low 32 bits count.
@@ -89,9 +85,7 @@ def embed_visible_patches(
     return (tokens + positions.to(dtype)[masking.ids_keep]).to(weight.dtype)
 
 
-def restore_tokens(
-    tokens: Tensor, masking: Masking, mask_token: Tensor, positions: Tensor, num_prefix: int
-) -> Tensor:
+def restore_tokens(tokens: Tensor, masking: Masking, mask_token: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
     """See `patch_masking.restore_tokens`."""
     dtype = _compute_dtype(tokens)
     prefix, visible = tokens[:, :num_prefix], tokens[:, num_prefix:]

@@ -95,9 +95,7 @@ def check_packages(required: Iterable[Requirement]) -> Iterator[Finding]:
         wrong = ", ".join(f"{r.name} >= {r.floor} ({found or 'none'} is here)" for r, found in here)
         install = f"pip install 'msm-dist[{extra}]'" if extra else "pip install msm-dist"
         optional = extra and all(found is None for _, found in here)
-        yield Finding(
-            "packages", "warn" if optional else "fail", f"needed: {wrong}", f"make setup, or {install}"
-        )
+        yield Finding("packages", "warn" if optional else "fail", f"needed: {wrong}", f"make setup, or {install}")
     others = [
         f"{name} {found} (tested: {tested[name]})"
         for name in sorted({r.name for r in required} & tested.keys())
@@ -216,9 +214,7 @@ def check_gpu() -> Iterator[Finding]:
         if nccl or count == 1:
             yield Finding("gpu", "ok", detail)
         else:
-            yield Finding(
-                "gpu", "fail", detail, "install a torch with NCCL: GPUs can't train together without"
-            )
+            yield Finding("gpu", "fail", detail, "install a torch with NCCL: GPUs can't train together without")
     elif shutil.which("nvidia-smi"):
         detail = f"nvidia-smi is here, but torch {torch.__version__} sees no GPU"
         yield Finding("gpu", "warn", detail, "make setup TORCH_INDEX=<index with the torch for your driver>")

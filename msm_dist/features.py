@@ -49,9 +49,7 @@ class LogMel(nn.Module):
         scale = INT16_SCALE if waveform.dtype == torch.int16 else 1.0
         waveform = waveform.double() * scale
         if centred:
-            waveform = _reflect_ends(waveform, self.features.n_fft // 2)[
-                :, : self.features.crop_samples(num_frames)
-            ]
+            waveform = _reflect_ends(waveform, self.features.n_fft // 2)[:, : self.features.crop_samples(num_frames)]
         power = spectrogram(
             waveform,
             pad=0,

@@ -83,9 +83,7 @@ class Validation:
         crops = CropReader(source).read(sample_ids)
         good = [number for number, crop in enumerate(crops) if crop is not None]
         if len(good) < len(crops):
-            log.warning(
-                "%s: %d of %d clips left out of validation", index.root, len(crops) - len(good), len(crops)
-            )
+            log.warning("%s: %d of %d clips left out of validation", index.root, len(crops) - len(good), len(crops))
         waveforms = np.zeros((len(good), corpus.features.crop_samples(cfg.data.crop_frames)), np.int16)
         for row, number in enumerate(good):
             waveforms[row] = crops[number].waveform
@@ -114,9 +112,7 @@ class Validation:
         of the clip's visible patches. reference_nearest_patch: the nearest visible patch.
         """
         if not self._references:
-            totals = dict.fromkeys(
-                ("reference_mel_mean", "reference_visible_mean", "reference_nearest_patch"), 0.0
-            )
+            totals = dict.fromkeys(("reference_mel_mean", "reference_visible_mean", "reference_nearest_patch"), 0.0)
             for spectrogram, sample_ids in self._batches(REFERENCE_CLIPS):
                 for name, error in self._reference_errors(spectrogram.double(), sample_ids).items():
                     totals[name] += error * len(sample_ids)
@@ -168,9 +164,7 @@ class Validation:
 
     def _reference_errors(self, spectrogram: Tensor, sample_ids: Tensor) -> dict[str, float]:
         model = self.cfg.model
-        masking = random_masking(
-            self.cfg.seed, sample_ids, self.cfg.num_patches, self.cfg.num_keep, model.backend
-        )
+        masking = random_masking(self.cfg.seed, sample_ids, self.cfg.num_patches, self.cfg.num_keep, model.backend)
         mel_mean = self.mel_mean.to(spectrogram.device)
         predictions = {
             "reference_mel_mean": mel_mean_patches(spectrogram, masking, model.patch, mel_mean),
@@ -187,9 +181,7 @@ class Validation:
         }
 
 
-def mel_mean_patches(
-    spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], mel_mean: Tensor
-) -> Tensor:
+def mel_mean_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], mel_mean: Tensor) -> Tensor:
     """Predict `mel_mean` [F], normalised like the spectrogram [B, 1, F, T], everywhere: [B, M, ph * pw]."""
     predicted = mel_mean.to(spectrogram.dtype)[None, None, :, None].expand_as(spectrogram)
     return select_rows(patchify(predicted, patch_size), masking.ids_masked)

@@ -91,9 +91,7 @@ def case(world, folder, precision, clip, accumulation):
     result["cursor"] = saved.meta["cursor"]
     result["files"] = sorted(path.name for path in saved.folder.iterdir())
     reference = plain(initial, data, cfg, precision, clip)
-    result["error"] = max(
-        ((trained[name] - value).norm() / value.norm()).item() for name, value in reference.items()
-    )
+    result["error"] = max(((trained[name] - value).norm() / value.norm()).item() for name, value in reference.items())
     engine.backward(engine(torch.full((MICRO, 24), float("nan") if world.rank == 0 else 1.0)).loss)
     engine.step()
     for _ in range(layout.accumulation - 1):

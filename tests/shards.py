@@ -12,9 +12,7 @@ import soundfile
 from msm_dist.data.index import Index, Shard, member_table, write_index, write_members
 
 
-def noise_clips(
-    num_clips: int, rate: int = 16000, shortest: int = 1000, longest: int = 8000
-) -> list[np.ndarray]:
+def noise_clips(num_clips: int, rate: int = 16000, shortest: int = 1000, longest: int = 8000) -> list[np.ndarray]:
     """Clips of int16 noise, each of its own length."""
     random = np.random.default_rng(0)
     lengths = random.integers(shortest, longest, num_clips) * rate // 16000
@@ -57,9 +55,7 @@ def _write_shard(path: Path, clips: Sequence[np.ndarray], first: int, count: int
         ]
     content = path.read_bytes()
     members_sha256 = write_members(path.with_suffix(".members.npy"), member_table(rows))
-    return Shard(
-        path.name, len(rows), len(content), hashlib.sha256(content).hexdigest(), members_sha256, path
-    )
+    return Shard(path.name, len(rows), len(content), hashlib.sha256(content).hexdigest(), members_sha256, path)
 
 
 def damage_clip(index: Index, clip: int) -> None:

@@ -73,9 +73,7 @@ def test_plan_is_numpy_alone() -> None:
 
 
 def test_there_is_no_utils_module() -> None:
-    assert not [
-        path for _, path in python_files() if path.stem in {"utils", "util", "helpers", "common", "misc"}
-    ]
+    assert not [path for _, path in python_files() if path.stem in {"utils", "util", "helpers", "common", "misc"}]
 
 
 def test_help_is_shown_without_importing_torch() -> None:

@@ -68,9 +68,7 @@ def test_only_the_span_of_a_crop_is_decoded():
     damaged[-1000:] = bytes(1000)
     with pytest.raises(BadClip):
         decode(bytes(damaged), 16000)
-    np.testing.assert_array_equal(
-        decode_crop(bytes(damaged), 100, 9000, 160000, 16000), noise(160000)[100:9000]
-    )
+    np.testing.assert_array_equal(decode_crop(bytes(damaged), 100, 9000, 160000, 16000), noise(160000)[100:9000])
 
 
 def test_channels_are_averaged():
@@ -101,6 +99,18 @@ def test_pitch_of_odd_rates_is_within_the_promised_rounding(rate):
 @given(samples=st.integers(1, 5000), rate=st.sampled_from([4000, 11111, 15999, 22255, 44100, 44101]))
 def test_length_after_resampling_is_the_promised_one(samples, rate):
     assert len(decode(encode(noise(samples), "wav", rate), 16000)) == num_target_samples(samples, rate, 16000)
+
+
+def test_length_at_another_rate_is_rounded_up():
+    lengths = [
+        (1, 44100, 1),
+        (441, 44100, 160),
+        (442, 44100, 161),
+        (5, 8000, 10),
+        (3, 48000, 1),
+        (4, 48000, 2),
+    ]
+    assert [num_target_samples(samples, rate, 16000) for samples, rate, _ in lengths] == [n for *_, n in lengths]
 
 
 def test_resampling_leaves_out_what_the_new_rate_can_not_hold():

@@ -14,9 +14,7 @@ YZY-SXAuDSo, 0.000, 10.000, "/m/09x0r"
 abcdefg_123, 5.500, 15.500, "/m/068hy"
 0xyz0xyz0xy, 7.000, 17.000, "/m/068hy,/m/09x0r"
 """
-CLASSES = (
-    'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/t/dd00088,"Gush"\n2,/m/068hy,"Domestic animals, pets"\n'
-)
+CLASSES = 'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/t/dd00088,"Gush"\n2,/m/068hy,"Domestic animals, pets"\n'
 
 
 @pytest.fixture

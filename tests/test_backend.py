@@ -38,9 +38,7 @@ def test_no_op_falls_back_silently():
         lambda: restore_tokens(
             torch.zeros(1, 2, 6), masking, torch.zeros(1, 1, 6), torch.zeros(4, 6), 0, backend="triton"
         ),
-        lambda: masked_patch_loss(
-            torch.zeros(1, 2, 4), spectrogram, masking, (2, 2), False, backend="triton"
-        ),
+        lambda: masked_patch_loss(torch.zeros(1, 2, 4), spectrogram, masking, (2, 2), False, backend="triton"),
         lambda: attention(torch.zeros(1, 2, 6), 1, backend="triton"),
     ]
     for call in calls:

@@ -89,9 +89,7 @@ def test_another_valid_loss_is_a_mismatch(tmp_path, reference):
 
 
 def test_a_run_without_validation_is_a_mismatch(tmp_path, reference):
-    assert "valid_loss: the run has none at step 100" in fault_of(
-        write_run(tmp_path / "run", valid={}), reference
-    )
+    assert "valid_loss: the run has none at step 100" in fault_of(write_run(tmp_path / "run", valid={}), reference)
 
 
 def test_a_tolerance_can_be_given(tmp_path, reference):

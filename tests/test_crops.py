@@ -85,9 +85,7 @@ def test_a_damaged_clip_is_replaced_by_the_rule_and_nothing_else_changes(index, 
     filled = after[2]
     assert filled.sample_ids[1].tolist() == [donor[0], donor[1], 1]
     assert filled.crops[1].key == f"clip-{donor[1]:04d}"
-    np.testing.assert_array_equal(
-        filled.crops[1].waveform, expected_crop(CLIPS[donor[1]], filled.crops[1].offset)
-    )
+    np.testing.assert_array_equal(filled.crops[1].waveform, expected_crop(CLIPS[donor[1]], filled.crops[1].offset))
     for n in range(100):
         reader.block(n)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
@@ -135,9 +133,7 @@ def test_a_shard_that_vanishes_ends_the_run_after_some_tries(index, monkeypatch)
     pauses = []
     monkeypatch.setattr(crops_module.time, "sleep", pauses.append)
     index.shards[1].path.unlink()
-    with pytest.raises(
-        DataError, match=r"noise-000001.tar: can't be read \(No such file.* tried 4 times; restore"
-    ):
+    with pytest.raises(DataError, match=r"noise-000001.tar: can't be read \(No such file.* tried 4 times; restore"):
         CropReader(source_of(index)).read(np.array([[0, 30, 0]]))
     assert pauses == [0.1, 0.2, 0.4]
 

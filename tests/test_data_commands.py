@@ -56,9 +56,7 @@ def test_what_is_left_out_is_shown(tmp_path):
 
 
 def test_foreign_tars_are_indexed_with_the_front_end_of_a_configuration(tmp_path):
-    path = write_tar(
-        tmp_path / "a.tar", {"x/a.flac": encode(noise(8000)), "x/b.mp3": encode(noise(8000), "mp3")}
-    )
+    path = write_tar(tmp_path / "a.tar", {"x/a.flac": encode(noise(8000)), "x/b.mp3": encode(noise(8000), "mp3")})
     (tmp_path / "run.yaml").write_text("train: {steps: 1}\nfeatures: {n_mels: 48}\n")
     assert "2 clips" in run("index", path, "--config", tmp_path / "run.yaml", "--workers", 1)
     assert load_index(str(tmp_path)).features["n_mels"] == 48

@@ -28,7 +28,12 @@ def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
 
 @pytest.mark.parametrize(
     ("batch", "optim", "peak"),
-    [(512, {}, 6e-4), (2048, {"base_lr": 3e-4}, 2.4e-3), (256, {"base_lr": 1e-3}, 1e-3), (512, {"lr": 0.1}, 0.1)],
+    [
+        (512, {}, 6e-4),
+        (2048, {"base_lr": 3e-4}, 2.4e-3),
+        (256, {"base_lr": 1e-3}, 1e-3),
+        (512, {"lr": 0.1}, 0.1),
+    ],
 )
 def test_base_learning_rate_is_per_256_clips(batch, optim, peak):
     assert config(train={"steps": 10, "global_batch": batch}, optim=optim).peak_lr == pytest.approx(peak)
@@ -59,8 +64,14 @@ def test_deepspeed_accumulates_and_reduces_in_fp32():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}', "gradient_clipping = 1.0 contradicts"),
-        ('{"zero_optimization": {"stage": 1}, "bf16": {"enabled": false}}', "bf16.enabled = False contradicts"),
+        (
+            '{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}',
+            "gradient_clipping = 1.0 contradicts",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1}, "bf16": {"enabled": false}}',
+            "bf16.enabled = False contradicts",
+        ),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: not ours"),
         ('{"zero_optimization": {"stage": 3}}', "stage = 3"),
         ("{}", "stage = None"),

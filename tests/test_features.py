@@ -54,9 +54,7 @@ def test_output_is_float32_with_one_channel():
     assert torch.allclose(out, torch.tensor(1.1920929e-7).log())
 
 
-@pytest.mark.parametrize(
-    "first, num_frames", [(0, 208), (1, 208), (2, 5), (93, 208), (791, 208), (793, 208), (998, 3)]
-)
+@pytest.mark.parametrize("first, num_frames", [(0, 208), (1, 208), (2, 5), (93, 208), (791, 208), (793, 208), (998, 3)])
 def test_logmel_of_a_crop_is_the_slice_of_the_whole_clip(first, num_frames):
     """Samples [160 * f0 - 200, 160 * (f0 + T - 1) + 200), reflected only past the true ends of the clip."""
     whole = waveform("noise", 10.0) + waveform("chirp", 10.0)
@@ -74,9 +72,7 @@ def test_int16_is_scaled_to_one():
     assert torch.equal(front_end(samples.to(torch.int16)), front_end(samples / 32768))
 
 
-@pytest.mark.parametrize(
-    "num_samples, num_frames", [(1, 1), (159, 1), (160, 2), (200, 2), (201, 2), (320, 3)]
-)
+@pytest.mark.parametrize("num_samples, num_frames", [(1, 1), (159, 1), (160, 2), (200, 2), (201, 2), (320, 3)])
 def test_a_very_short_clip_is_padded_with_silence(num_samples, num_frames):
     samples = waveform("noise")[:num_samples]
     out = logmel(samples, centred=True)

@@ -143,7 +143,7 @@ def test_shard_names_stay_inside_the_folder(corpus, name):
         ({"shards": "x"}, "shards"),
         ({"clips": 11}, "clips = 11: the shards have 10"),
         ({"seconds": -1}, "seconds"),
-        ({"mean": float("nan")}, "mean"),
+        ({"mean": float("nan")}, "mean: .*finite"),
         ({"std": 0.0}, "std"),
         ({"mean": -7.0}, "go together"),
         ({"mean": -7.0, "std": 4.0, "mel_mean": [1.0], "features": {"n_mels": 80}}, "80"),
@@ -163,9 +163,7 @@ def test_what_is_no_index_is_refused(corpus, content):
         load_index(str(corpus.root))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"clips": 0}, {"bytes": -1}, {"sha256": "abc"}, {"members_sha256": None}]
-)
+@pytest.mark.parametrize("changes", [{"clips": 0}, {"bytes": -1}, {"sha256": "abc"}, {"members_sha256": None}])
 def test_shard_entries_are_checked(corpus, changes):
     edit_shard(corpus, **changes)
     with pytest.raises(DataError, match=rf"shards\.0\.{next(iter(changes))}"):
@@ -279,8 +277,6 @@ def test_sidecar_must_have_as_many_clips_as_the_index_says(corpus):
 
 
 def test_member_table_keeps_long_keys_and_no_rows(tmp_path):
-    table = member_table(
-        [(512, 9, 100, 8000, "wav", b"a"), (2048, 9, 100, 8000, "mp3", b"folder/" + b"k" * 90)]
-    )
+    table = member_table([(512, 9, 100, 8000, "wav", b"a"), (2048, 9, 100, 8000, "mp3", b"folder/" + b"k" * 90)])
     assert table["key"].tolist() == [b"a", b"folder/" + b"k" * 90]
     assert len(member_table([])) == 0

@@ -41,9 +41,7 @@ def test_loss_is_the_mean_over_masked_patches_of_the_mean_over_pixels(example, n
 
 def test_constant_patches_normalise_to_zero(example):
     prediction, spectrogram, masking = example
-    loss = masked_patch_loss(
-        torch.zeros_like(prediction), torch.full_like(spectrogram, 3.0), masking, PATCH, True
-    )
+    loss = masked_patch_loss(torch.zeros_like(prediction), torch.full_like(spectrogram, 3.0), masking, PATCH, True)
     assert loss.item() == 0
 
 

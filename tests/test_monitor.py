@@ -187,9 +187,7 @@ def test_pictures_become_a_png_an_image_and_two_sounds(tmp_path):
     board.Reload()
     tags = board.Tags()
     assert set(tags["images"]) == {f"reconstruction/{n}/input_masked_reconstruction" for n in (0, 1)}
-    assert set(tags["audio"]) == {
-        f"reconstruction/{n}/{s}" for n in (0, 1) for s in ("input", "reconstruction")
-    }
+    assert set(tags["audio"]) == {f"reconstruction/{n}/{s}" for n in (0, 1) for s in ("input", "reconstruction")}
     assert board.Audio("reconstruction/0/input")[0].sample_rate == 16000
     watch.close()
 

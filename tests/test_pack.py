@@ -83,9 +83,7 @@ def test_every_file_is_packed_once_with_its_samples_and_origin(source, tmp_path)
 
 def test_webdataset_reads_the_shards(source, tmp_path):
     pack(source, tmp_path / "out", SETTINGS)
-    samples = list(
-        webdataset.WebDataset(str(tmp_path / "out" / "source-{000000..000002}.tar"), shardshuffle=False)
-    )
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "source-{000000..000002}.tar"), shardshuffle=False))
     assert len(samples) == 24
     assert all({"flac", "json", "__key__"} <= set(sample) for sample in samples)
 
@@ -178,9 +176,7 @@ def test_bad_files_are_left_out_with_their_reasons(source, tmp_path):
     (source / "gone.wav").symlink_to(source / "nowhere.wav")
     index = pack(source, tmp_path / "out", SETTINGS)
     assert index.num_clips == 24
-    expected = {f"dog/{name}": reason for name, (_, reason) in bad_files().items()} | {
-        "gone.wav": "unreadable"
-    }
+    expected = {f"dog/{name}": reason for name, (_, reason) in bad_files().items()} | {"gone.wav": "unreadable"}
     left_out = report(tmp_path / "out")["left_out"]
     assert {entry["file"]: entry["reason"] for entry in left_out} == expected
     assert [entry["file"] for entry in left_out] == sorted(expected)
@@ -211,10 +207,7 @@ def test_statistics_are_those_of_every_value_of_the_log_mel(source, tmp_path):
     write_audio(source / "long.flac", noise(16000 * 70) // 100)
     index = pack(source, tmp_path / "out", replace(SETTINGS, segment_seconds=3600.0))
     log_mel = LogMel(Features())
-    values = [
-        log_mel(torch.from_numpy(s)[None], centred=True)[0, 0].double().numpy()
-        for _, s, _ in packed(index.root)
-    ]
+    values = [log_mel(torch.from_numpy(s)[None], centred=True)[0, 0].double().numpy() for _, s, _ in packed(index.root)]
     values = np.concatenate(values, axis=1)
     assert index.mean == pytest.approx(values.mean(), abs=1e-9)
     assert index.std == pytest.approx(values.std(), abs=1e-9)
@@ -400,9 +393,7 @@ def test_killed_pack_continues_to_the_same_bytes_and_leaves_no_process(source, t
     pack(source, tmp_path / "undisturbed", settings)
     out = tmp_path / "out"
     arguments = ["data", "pack", source, out, "--shard-clips", "4", "--seed", "1", "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "msm_dist", *map(str, arguments)], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-m", "msm_dist", *map(str, arguments)], stderr=subprocess.DEVNULL)
     try:
         while not list((out / ".pack").glob("*.json")):
             assert process.poll() is None

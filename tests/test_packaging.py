@@ -101,9 +101,7 @@ def test_given_interpreter_finds_our_packages_without_installation(clone) -> Non
 
 
 def test_given_interpreter_means_no_environment_and_no_pip(clone) -> None:
-    plan = run_in(
-        clone, "make", "-n", "test", "lint", "pretrain", "VENV=0", f"PYTHON={sys.executable}"
-    ).stdout
+    plan = run_in(clone, "make", "-n", "test", "lint", "pretrain", "VENV=0", f"PYTHON={sys.executable}").stdout
     assert "-m pytest" in plan and "msm_dist.pretrain" in plan
     assert ".venv/" not in plan.replace(sys.executable, "") and "pip" not in plan
 

@@ -41,8 +41,7 @@ def kept_patches(seed, epoch, clip, crop, num_patches, num_keep):
     """The documented rule, patch by patch."""
     key = (seed % 2**32, seed >> 32)
     words = [
-        philox_of_integers(key, (p // 4, crop + (1 << 24), clip % 2**32, epoch))[p % 4]
-        for p in range(num_patches)
+        philox_of_integers(key, (p // 4, crop + (1 << 24), clip % 2**32, epoch))[p % 4] for p in range(num_patches)
     ]
     return sorted(sorted(range(num_patches), key=lambda p: (words[p], p))[:num_keep])
 
@@ -179,9 +178,7 @@ def test_embedding_in_bfloat16_rounds_once(example):
     spectrogram, masking, weight, bias, positions = example
     low = weight.bfloat16(), bias.bfloat16()
     tokens = embed_visible_patches(spectrogram.float(), masking, *low, positions.float(), (4, 2))
-    exact = embed_visible_patches(
-        spectrogram.float(), masking, *(x.float() for x in low), positions.float(), (4, 2)
-    )
+    exact = embed_visible_patches(spectrogram.float(), masking, *(x.float() for x in low), positions.float(), (4, 2))
     assert tokens.dtype == torch.bfloat16
     assert torch.equal(tokens, exact.bfloat16())
 

@@ -120,9 +120,7 @@ def test_what_is_remembered_of_a_plan_is_bounded_and_changes_nothing(monkeypatch
 @examples
 @given(plans())
 def test_a_clip_moves_less_than_a_window_inside_its_lane(plan):
-    straight = make_plan(
-        np.diff(plan.shard_ends, prepend=0), plan.seed, plan.lanes, plan.block, 1, plan.crops_per_clip
-    )
+    straight = make_plan(np.diff(plan.shard_ends, prepend=0), plan.seed, plan.lanes, plan.block, 1, plan.crops_per_clip)
     for lane in {0, plan.lanes - 1}:
         served = lane_clips(plan, lane, 2).reshape(2, -1, 2)[:, :, 1]
         packed = lane_clips(straight, lane, 2).reshape(2, -1, 2)[:, :, 1]
@@ -139,9 +137,7 @@ def window_order(plan, epoch, lane, window=0):
     size, first = plan.shuffle_window, epoch * plan.lane_clips + window * plan.shuffle_window
     straight = make_plan(np.diff(plan.shard_ends, prepend=0), plan.seed, plan.lanes, plan.block, 1, 1)
     packed = lane_clips(straight, lane, epoch + 1)[first : first + size, 1].tolist()
-    return [
-        packed.index(clip) for clip in lane_clips(plan, lane, epoch + 1)[first : first + size, 1].tolist()
-    ]
+    return [packed.index(clip) for clip in lane_clips(plan, lane, epoch + 1)[first : first + size, 1].tolist()]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -235,9 +231,7 @@ def test_philox_gives_the_published_words():
         ),
     ]
     for seed, counter, words in known:
-        assert [
-            int(word[0]) for word in philox4x32(seed, [np.array([c], np.uint64) for c in counter])
-        ] == words
+        assert [int(word[0]) for word in philox4x32(seed, [np.array([c], np.uint64) for c in counter])] == words
 
 
 def test_crop_offsets_cover_the_clip_evenly_and_belong_to_their_sample():
@@ -295,9 +289,7 @@ def test_bad_clips_are_filled_by_the_rule_and_the_order_stays(plan, share, seed)
     bad_clips = set(np.flatnonzero(random.random(plan.num_clips) < share).tolist())
     seen = Counter()
     for n in range(3 * plan.lanes):
-        samples, filled = fill_block(
-            plan, n, lambda ids: np.array([clip not in bad_clips for clip in ids[:, 1]])
-        )
+        samples, filled = fill_block(plan, n, lambda ids: np.array([clip not in bad_clips for clip in ids[:, 1]]))
         assert (samples.tolist(), filled.tolist()) == expected_fills(plan, n, bad_clips)
         assert (samples[~filled] == plan.block_samples(n)[~filled]).all()
         assert not bad_clips & set(samples[:, 1].tolist())

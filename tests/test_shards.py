@@ -43,9 +43,7 @@ def tars(tmp_path) -> list[Path]:
     text = {"00/first.json": b"{}", "00/first.txt": b"a caption", "README": b"hello"}
     return [
         write_tar(tmp_path / "tars" / "a.tar", text | CLIPS),
-        write_tar(
-            tmp_path / "tars" / "b.tar", {"sixth.flac": encode(noise(4000, 6))}, format=tarfile.PAX_FORMAT
-        ),
+        write_tar(tmp_path / "tars" / "b.tar", {"sixth.flac": encode(noise(4000, 6))}, format=tarfile.PAX_FORMAT),
     ]
 
 
@@ -187,9 +185,7 @@ def test_what_is_no_shard_is_refused(tars, tmp_path):
 
 
 def test_verify_names_each_damaged_shard(tars):
-    index = index_shards(
-        [*tars, write_tar(tars[0].parent / "c.tar", {"z.flac": encode(noise(4000))})], Features()
-    )
+    index = index_shards([*tars, write_tar(tars[0].parent / "c.tar", {"z.flac": encode(noise(4000))})], Features())
     damage_clip(index, 2)
     index.shards[1].members_path.write_bytes(b"x")
     index.shards[2].path.unlink()

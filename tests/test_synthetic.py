@@ -50,9 +50,7 @@ def test_layout_is_that_of_audioset(corpus):
         assert len(matches.segments) == count
         assert (matches.num_unlisted, matches.num_absent) == (0, 0)
         for file, segment in matches.segments.items():
-            assert soundfile.info(corpus / split / file).duration == pytest.approx(
-                segment.end_seconds, abs=1e-3
-            )
+            assert soundfile.info(corpus / split / file).duration == pytest.approx(segment.end_seconds, abs=1e-3)
 
 
 def test_every_class_has_its_share_and_combinations_name_their_parts(corpus):
@@ -61,9 +59,7 @@ def test_every_class_has_its_share_and_combinations_name_their_parts(corpus):
     counts = [first.count(name) for name in CLASSES]
     assert len(CLASSES) == 10
     assert max(counts) - min(counts) <= 1
-    assert all(
-        len(set(s.labels)) == (3 if f in COMBINED else 1) for s, f in zip(segments, first, strict=True)
-    )
+    assert all(len(set(s.labels)) == (3 if f in COMBINED else 1) for s, f in zip(segments, first, strict=True))
 
 
 def test_clips_are_three_to_six_seconds_and_mostly_16_khz(corpus):
@@ -101,9 +97,7 @@ def test_classes_sound_as_their_names_say():
         for name, group in clips.items()
     }
     in_time = {
-        name: np.median(
-            [concentration(clip[: len(clip) // 100 * 100].reshape(-1, 100).var(axis=1)) for clip in group]
-        )
+        name: np.median([concentration(clip[: len(clip) // 100 * 100].reshape(-1, 100).var(axis=1)) for clip in group])
         for name, group in clips.items()
     }
     assert in_frequency["tone"] > 0.9 > in_frequency["bursts"] + 0.1

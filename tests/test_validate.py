@@ -266,9 +266,7 @@ def test_pictures_show_the_first_clips_and_only_rank_0_draws_them(index):
     prediction = forward(spectrogram, ids).prediction
     for number in range(4):
         masking = random_masking(cfg.seed, ids[number : number + 1], cfg.num_patches, cfg.num_keep)
-        expected = make_picture(
-            spectrogram[number], masking, prediction[number], (16, 16), False, cfg.features
-        )
+        expected = make_picture(spectrogram[number], masking, prediction[number], (16, 16), False, cfg.features)
         assert torch.equal(pictures[number].image, expected.image)
         assert torch.equal(pictures[number].audio["input"], expected.audio["input"])
     assert len(pictures) == 4

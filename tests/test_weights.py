@@ -157,9 +157,7 @@ def test_published_layout_round_trips(cls_token, settings, frames, patch_size):
 
 def test_published_names_and_shapes_are_those_of_the_checkpoints():
     published = to_published(random_model(208))
-    block = {
-        name.removeprefix("blocks.3."): list(v.shape) for name, v in published.items() if "blocks.3." in name
-    }
+    block = {name.removeprefix("blocks.3."): list(v.shape) for name, v in published.items() if "blocks.3." in name}
     assert block == {
         "norm1.weight": [192],
         "norm1.bias": [192],

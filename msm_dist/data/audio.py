@@ -83,9 +83,7 @@ def decode_crop(encoded: Encoded, start: int, stop: int, num_samples: int, sampl
     with _opened(encoded) as sound:
         if sound.samplerate == sample_rate:
             exact = sound.subtype == "PCM_16" and sound.channels == 1
-            span = _read(
-                sound, min(low, sound.frames), min(high, sound.frames), "int16" if exact else "float32"
-            )
+            span = _read(sound, min(low, sound.frames), min(high, sound.frames), "int16" if exact else "float32")
         else:
             span = _span(sound, 0, sound.frames, sample_rate)[low:high]
     crop = np.zeros(high - low, np.int16)
@@ -100,7 +98,7 @@ def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """Float samples in -1..1 as int16, rounded; what is louder is clipped, never wrapped."""
-    return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+    return np.rint(np.clip(waveform, -1.0, 32767 / 32768) * 32768).astype(np.int16)
 
 
 @contextmanager
@@ -127,9 +125,7 @@ def _check_header(sound: soundfile.SoundFile) -> None:
     if sound.frames == 0:
         raise BadClip("empty", "0 samples")
     if sound.frames > UNKNOWN_LENGTH:
-        raise BadClip(
-            "unknown_length", f"{sound.format} header without a length; encode it to a file, not a pipe"
-        )
+        raise BadClip("unknown_length", f"{sound.format} header without a length; encode it to a file, not a pipe")
 
 
 def _span(sound: soundfile.SoundFile, start: int, stop: int, sample_rate: int) -> np.ndarray:

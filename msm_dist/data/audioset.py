@@ -48,9 +48,7 @@ def read_segments(path: Path) -> list[Segment]:
         if segment is None:
             raise DataError(f"{path}, line {line}: {', '.join(row)[:80]!r} is not {SEGMENT_COLUMNS}")
         if segment.ytid in lines:
-            raise DataError(
-                f"{path}, line {line}: {segment.ytid} is on line {lines[segment.ytid]} already; drop one"
-            )
+            raise DataError(f"{path}, line {line}: {segment.ytid} is on line {lines[segment.ytid]} already; drop one")
         lines[segment.ytid] = line
         segments.append(segment)
     if not segments:
@@ -63,15 +61,11 @@ def read_class_names(path: Path) -> dict[str, str]:
     rows = _rows(path)
     header = next(rows, (1, []))[1]
     if header != CLASS_COLUMNS:
-        raise DataError(
-            f"{path}: its first line is {','.join(header)[:80]!r}, must be {','.join(CLASS_COLUMNS)}"
-        )
+        raise DataError(f"{path}: its first line is {','.join(header)[:80]!r}, must be {','.join(CLASS_COLUMNS)}")
     names = {}
     for line, row in rows:
         if len(row) != len(CLASS_COLUMNS):
-            raise DataError(
-                f"{path}, line {line}: has {len(row)} columns, must have {','.join(CLASS_COLUMNS)}"
-            )
+            raise DataError(f"{path}, line {line}: has {len(row)} columns, must have {','.join(CLASS_COLUMNS)}")
         names[row[1]] = row[2]
     return names
 
@@ -80,9 +74,7 @@ def check_labels(segments: Iterable[Segment], names: dict[str, str], source: Pat
     """Raise DataError if a clip has a label that is not in the class list `source`."""
     for segment in segments:
         if unknown := [label for label in segment.labels if label not in names]:
-            raise DataError(
-                f"{segment.ytid} has the label {unknown[0]!r}, which {source} lacks; is it the right list?"
-            )
+            raise DataError(f"{segment.ytid} has the label {unknown[0]!r}, which {source} lacks; is it the right list?")
 
 
 def match_files(files: Iterable[str], segments: Iterable[Segment]) -> Matches:

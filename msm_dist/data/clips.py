@@ -24,9 +24,7 @@ from msm_dist.errors import DataError
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
 MIN_TAIL_SECONDS = 1.0
-MAX_STEM = (
-    72  # with digest, start and suffix a member's name stays within the 100 bytes of a plain tar header
-)
+MAX_STEM = 72  # with digest, start and suffix a member's name stays within the 100 bytes of a plain tar header
 FILES_PER_TASK = 256
 
 Progress = Callable[[str, int, int], None]
@@ -103,9 +101,7 @@ def list_clips(
     if csv:
         matches = _match(source, files, csv)
         segments, files = matches.segments, list(matches.segments)
-        left_out += [
-            LeftOut(f, 0.0, "duplicate", "another file is the same clip") for f in matches.duplicates
-        ]
+        left_out += [LeftOut(f, 0.0, "duplicate", "another file is the same clip") for f in matches.duplicates]
         counts |= {"files_not_in_csv": matches.num_unlisted, "csv_clips_without_file": matches.num_absent}
         if labels:
             names = audioset.read_class_names(labels)
@@ -161,9 +157,7 @@ def unique_stems(files: Sequence[str]) -> dict[str, str]:
 def check_length(samples: int, rate: int, features: Features) -> None:
     """Raise BadClip if a clip is shorter than one analysis window."""
     if num_target_samples(samples, rate, features.sample_rate) < features.n_fft:
-        raise BadClip(
-            "too_short", f"{samples} samples at {rate} Hz, less than one window of {features.n_fft}"
-        )
+        raise BadClip("too_short", f"{samples} samples at {rate} Hz, less than one window of {features.n_fft}")
 
 
 def write_report(out: Path, counts: dict[str, Any], left_out: Sequence[LeftOut]) -> None:

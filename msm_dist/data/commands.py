@@ -42,28 +42,18 @@ def synth(
 
     with _progress() as progress:
         write_corpus(out, clips, valid_clips, seed, progress)
-    typer.echo(
-        f"{out}: {clips} clips in train, {valid_clips} in valid, with train_segments.csv, valid_segments.csv"
-    )
+    typer.echo(f"{out}: {clips} clips in train, {valid_clips} in valid, with train_segments.csv, valid_segments.csv")
 
 
 @app.command()
 def pack(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of wav, flac, ogg or mp3 files, nested as you like.")
-    ],
+    source: Annotated[Path, typer.Argument(help="Folder of wav, flac, ogg or mp3 files, nested as you like.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
-    csv: Annotated[
-        Path | None, typer.Option(help="AudioSet segments CSV: packs only the clips it lists.")
-    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="AudioSet segments CSV: packs only the clips it lists.")] = None,
     labels: Annotated[Path | None, typer.Option(help="AudioSet class_labels_indices.csv.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Prefix of the shards.", show_default="source folder")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Prefix of the shards.", show_default="source folder")] = None,
     shard_clips: Annotated[int, typer.Option(help="Most clips in a shard.")] = 512,
-    segment_seconds: Annotated[
-        float, typer.Option(help="Longer recordings are cut into such pieces.")
-    ] = 10.0,
+    segment_seconds: Annotated[float, typer.Option(help="Longer recordings are cut into such pieces.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the order of the clips.")] = 0,
     workers: Workers = ALL_CORES,
     config: RunConfig = None,
@@ -190,6 +180,4 @@ def _show_left_out(index: "Index") -> None:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report["reasons"].items())
         typer.echo(f"left out: {reasons} (all in {path})")
     for entry in left_out[:SHOWN]:
-        typer.echo(
-            f"  {entry['file']} at {entry['start_seconds']:g} s: {entry['reason']} ({entry['detail']})"
-        )
+        typer.echo(f"  {entry['file']} at {entry['start_seconds']:g} s: {entry['reason']} ({entry['detail']})")

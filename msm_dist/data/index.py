@@ -159,9 +159,7 @@ def members(shard: Shard) -> np.ndarray:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: the table of a shard's clips can't be read ({error.strerror}); {remedy}"
-        ) from None
+        raise DataError(f"{path}: the table of a shard's clips can't be read ({error.strerror}); {remedy}") from None
     digest = hashlib.sha256(content).hexdigest()
     if digest != shard.members_sha256:
         raise DataError(f"{path}: sha256 {digest}, {INDEX_NAME} says {shard.members_sha256}; {remedy}")
@@ -250,9 +248,7 @@ class _IndexFile(BaseModel):
 def _expand(text: str) -> list[str]:
     """A brace pattern's names."""
     if "://" in text or text.startswith("pipe:"):
-        raise DataError(
-            f"data.shards = {text}: must be a local folder or local tar files; copy the shards here"
-        )
+        raise DataError(f"data.shards = {text}: must be a local folder or local tar files; copy the shards here")
     if "{" not in text:
         return [text]
     import braceexpand
@@ -260,9 +256,7 @@ def _expand(text: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(text))
     except braceexpand.UnbalancedBracesError:
-        raise DataError(
-            f"data.shards = {text}: unbalanced braces; write name-{{000000..000009}}.tar"
-        ) from None
+        raise DataError(f"data.shards = {text}: unbalanced braces; write name-{{000000..000009}}.tar") from None
 
 
 def _read_index(root: Path) -> Index:
@@ -304,9 +298,7 @@ def _select(names: Sequence[str]) -> Index:
         raise DataError(f"data.shards names {other[0]} among tars: give one folder, or .tar files only")
     folders = sorted({str(path.parent) for path in paths})
     if len(folders) > 1:
-        raise DataError(
-            f"data.shards names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder"
-        )
+        raise DataError(f"data.shards names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder")
     index = _read_index(paths[0].parent)
     wanted = {path.name for path in paths}
     if unknown := sorted(wanted - {shard.name for shard in index.shards}):
@@ -336,9 +328,7 @@ def _absent(root: Path) -> str:
     if (root / UNFINISHED_NAME).is_dir():
         return f"{root}: an unfinished pack; the same `msm-dist data pack` command again finishes it"
     if root.is_dir() and any(root.glob("*.tar")):
-        return (
-            f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  msm-dist data index {root}/*.tar"
-        )
+        return f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  msm-dist data index {root}/*.tar"
     return (
         f"{root}: no {INDEX_NAME} there; make shards from a folder of audio with\n"
         f"  msm-dist data pack YOUR_AUDIO_FOLDER {root}\n"

@@ -71,9 +71,7 @@ class PackSettings:
     """The rate of the clips, and the front end of the statistics."""
 
 
-def pack(
-    source: Path, out: Path, settings: PackSettings, workers: int = 1, progress: Progress = quiet
-) -> Index:
+def pack(source: Path, out: Path, settings: PackSettings, workers: int = 1, progress: Progress = quiet) -> Index:
     """Pack `source` into `out` and return its index.
 
     The same call after a kill continues; on a finished folder it only checks the sizes of the shards.
@@ -91,9 +89,7 @@ def pack(
             progress,
         )
         if not found.clips:
-            raise DataError(
-                f"{source}: none of its {found.counts['files']} files can be used:\n{_shown(found)}"
-            )
+            raise DataError(f"{source}: none of its {found.counts['files']} files can be used:\n{_shown(found)}")
         tasks = _shard_tasks(found.clips, source, out, settings)
         with _claimed(out, _identity(found, tasks[0].name, settings)):
             return _finished(out) or _write_all(tasks, found, workers, progress)
@@ -114,9 +110,7 @@ def _check(settings: PackSettings) -> None:
     if settings.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}", settings.name):
         faults.append(f"--name = {settings.name}: must be letters, digits, '_' and '-'")
     if settings.labels and not settings.csv:
-        faults.append(
-            f"--labels = {settings.labels}: names the classes of a --csv, which is missing; give both"
-        )
+        faults.append(f"--labels = {settings.labels}: names the classes of a --csv, which is missing; give both")
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -157,9 +151,7 @@ def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold the output folder for this pack alone. Raises ConfigError if it belongs to another one."""
     path = out / SETTINGS_NAME
     if not path.exists() and ((out / INDEX_NAME).exists() or any(out.glob("*.tar"))):
-        raise ConfigError(
-            f"{out}: holds shards that were not packed by this command; choose another output folder"
-        )
+        raise ConfigError(f"{out}: holds shards that were not packed by this command; choose another output folder")
     out.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         _lock(file, out)
@@ -178,9 +170,7 @@ def _lock(file: TextIO, out: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(
-            f"{out}: another pack is writing here; wait for it, or choose another folder"
-        ) from None
+        raise ConfigError(f"{out}: another pack is writing here; wait for it, or choose another folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
@@ -191,13 +181,9 @@ def _compare(content: str, identity: dict[str, Any], out: Path) -> None:
         earlier = json.loads(content)
         different = {name: earlier.get(name) for name in identity if earlier.get(name) != identity[name]}
     except (ValueError, AttributeError):
-        raise ConfigError(
-            f"{out / SETTINGS_NAME}: is damaged; remove {out} or choose another output folder"
-        ) from None
+        raise ConfigError(f"{out / SETTINGS_NAME}: is damaged; remove {out} or choose another output folder") from None
     if different:
-        faults = [
-            f"{name} was {was}, is {identity[name]}" for name, was in different.items() if name != "inputs"
-        ]
+        faults = [f"{name} was {was}, is {identity[name]}" for name, was in different.items() if name != "inputs"]
         faults += ["audio files or labels differ"] if "inputs" in different else []
         raise ConfigError(
             f"{out}: was packed from other inputs or settings ({'; '.join(faults)}); choose another output "
@@ -232,9 +218,7 @@ def _write_all(tasks: Sequence[ShardTask], found: ClipList, workers: int, progre
     left_out = found.left_out + [LeftOut(**entry) for record in records for entry in record["left_out"]]
     records = [record for record in records if record["shard"]["clips"]]
     if not records:
-        raise DataError(
-            f"{tasks[0].source}: none of its clips decodes:\n{_shown(found._replace(left_out=left_out))}"
-        )
+        raise DataError(f"{tasks[0].source}: none of its clips decodes:\n{_shown(found._replace(left_out=left_out))}")
     statistics = combine(np.array(record["sums"]) for record in records)
     index = Index(
         root=out,

@@ -52,9 +52,7 @@ def write_shard(task: ShardTask) -> int:
                 encoded = _flac(samples, task.features.sample_rate)
                 offset = _add(tar, f"{clip.key}.flac", encoded)
                 _add(tar, f"{clip.key}.json", _description(clip))
-                rows.append(
-                    (offset, len(encoded), len(samples), task.features.sample_rate, "flac", clip.key.encode())
-                )
+                rows.append((offset, len(encoded), len(samples), task.features.sample_rate, "flac", clip.key.encode()))
                 meter.add(samples)
         file.flush()
         os.fsync(file.fileno())

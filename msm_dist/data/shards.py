@@ -45,9 +45,7 @@ class _Scanned(NamedTuple):
     sums: np.ndarray
 
 
-def index_shards(
-    paths: Sequence[Path], features: Features, workers: int = 1, progress: Progress = quiet
-) -> Index:
+def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, progress: Progress = quiet) -> Index:
     """Write sidecars, index.json and report.json beside tars of one folder; every clip is decoded once.
 
     Clips that do not decode are left out of the index. Where two tars use the same key, all keys become
@@ -82,9 +80,7 @@ def index_shards(
     return index
 
 
-def verify_shards(
-    index: Index, decode_clips: bool, workers: int = 1, progress: Progress = quiet
-) -> list[str]:
+def verify_shards(index: Index, decode_clips: bool, workers: int = 1, progress: Progress = quiet) -> list[str]:
     """Compare every shard with the index: size, sha256, sidecar and, if asked, that each clip decodes.
 
     Returns the faults, each naming its file, in the order of the index.
@@ -181,9 +177,7 @@ def _audio_members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _prefixed(scan: _Scanned) -> list[tuple[int, int, int, int, str, bytes]]:
-    return [
-        (*row[:-1], scan.path.stem.encode(errors="surrogateescape") + b"/" + row[-1]) for row in scan.rows
-    ]
+    return [(*row[:-1], scan.path.stem.encode(errors="surrogateescape") + b"/" + row[-1]) for row in scan.rows]
 
 
 def _write_sidecar(scan: _Scanned) -> Shard:
@@ -225,9 +219,7 @@ def _measure_shard(task: tuple[Shard, Features]) -> tuple[str, np.ndarray]:
             meter.add(to_int16(decode(encoded, features.sample_rate)))
         except BadClip as error:
             key = row["key"].decode(errors="replace")
-            raise DataError(
-                f"{shard.path}: {key}: {error}; see `msm-dist data verify {shard.path.parent}`"
-            ) from None
+            raise DataError(f"{shard.path}: {key}: {error}; see `msm-dist data verify {shard.path.parent}`") from None
     return shard.name, meter.sums
 
 

@@ -54,7 +54,5 @@ def combine(sums: Iterable[np.ndarray]) -> Statistics:
     mean = values.mean() / frames
     std = float(np.sqrt(max(0.0, squares.mean() / frames - mean * mean)))
     if std < 1e-3:
-        raise DataError(
-            f"the log-mel of the corpus is {mean:.3f} everywhere: every clip is silent; check the audio"
-        )
+        raise DataError(f"the log-mel of the corpus is {mean:.3f} everywhere: every clip is silent; check the audio")
     return Statistics(float(mean), std, tuple((values / frames).tolist()))

@@ -43,9 +43,7 @@ def write_corpus(out: Path, clips: int, valid_clips: int, seed: int, progress: P
                 "another folder or remove this one"
             )
         (out / split).mkdir(parents=True, exist_ok=True)
-    classes = [
-        f"{number},/synth/{name},{name.replace('_', ' ').capitalize()}" for number, name in enumerate(CLASSES)
-    ]
+    classes = [f"{number},/synth/{name},{name.replace('_', ' ').capitalize()}" for number, name in enumerate(CLASSES)]
     _write_lines(out / "class_labels_indices.csv", ["index,mid,display_name", *classes])
     for number, (split, wanted) in enumerate(names.items()):
         rows = ["# YTID, start_seconds, end_seconds, positive_labels"]
@@ -130,9 +128,7 @@ def vowel(rng: Rng, samples: int, rate: int) -> np.ndarray:
     path = rng.choice(list(FORMANTS), int(rng.integers(2, 6)))
     coarse = np.linspace(0, len(path) - 1, 1 + samples // 64)
     scale = rng.uniform(0.9, 1.25)
-    peaks = [
-        np.interp(coarse, np.arange(len(path)), [scale * FORMANTS[v][i] for v in path]) for i in range(3)
-    ]
+    peaks = [np.interp(coarse, np.arange(len(path)), [scale * FORMANTS[v][i] for v in path]) for i in range(3)]
     fine = np.linspace(0, len(path) - 1, samples)
     drift = np.sin(2 * np.pi * rng.uniform(0.3, 6) * _time(samples, rate))
     base = _log_uniform(rng, 90, 260)
@@ -164,9 +160,7 @@ def sequence(rng: Rng, samples: int, rate: int) -> tuple[np.ndarray, list[str]]:
     """Two sounds one after the other."""
     names = _pick(rng)
     split = int(samples * rng.uniform(0.35, 0.65))
-    parts = [
-        SIMPLE[name](rng, count, rate) for name, count in zip(names, (split, samples - split), strict=True)
-    ]
+    parts = [SIMPLE[name](rng, count, rate) for name, count in zip(names, (split, samples - split), strict=True)]
     return np.concatenate([part / (1e-9 + np.abs(part).max()) for part in parts]), names
 
 

@@ -63,9 +63,7 @@ class MaskedSpectrogramModel(nn.Module):
         self.to_empty(device="cpu")
         initialize(self, seed)
 
-    def forward(
-        self, spectrogram: Tensor, sample_ids: Tensor | None = None, masking: Masking | None = None
-    ) -> Output:
+    def forward(self, spectrogram: Tensor, sample_ids: Tensor | None = None, masking: Masking | None = None) -> Output:
         """Reconstruct the masked patches of normalised log-mels [B, 1, F, T].
 
         Masks are drawn from (seed, sample_ids int64 [B, 3] = (epoch, clip, crop)) unless `masking` is given.
@@ -108,8 +106,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(grid.patch, geometry.embed_dim, self.backend)
         self.positions = PositionTable(sincos_2d(grid, geometry.embed_dim, self.num_prefix))
         self.blocks = nn.ModuleList(
-            Block(geometry.embed_dim, geometry.num_heads, model.key_bias, self.backend)
-            for _ in range(geometry.depth)
+            Block(geometry.embed_dim, geometry.num_heads, model.key_bias, self.backend) for _ in range(geometry.depth)
         )
         self.norm = nn.LayerNorm(geometry.embed_dim, eps=NORM_EPS)
 
@@ -120,9 +117,7 @@ class Encoder(nn.Module):
         """
         positions = self._positions(spectrogram)
         if masking is None:
-            masking = _all_visible(
-                spectrogram.shape[0], positions.shape[0] - self.num_prefix, positions.device
-            )
+            masking = _all_visible(spectrogram.shape[0], positions.shape[0] - self.num_prefix, positions.device)
         x = self.patch_embed(spectrogram, masking, positions[self.num_prefix :])
         if self.num_prefix:
             cls = (self.cls_token + positions[: self.num_prefix]).to(x.dtype)
@@ -163,9 +158,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, spectrogram: Tensor, masking: Masking, positions: Tensor) -> Tensor:
         """Tokens [B, K, D] of the visible patches, positions [L, D] added."""
-        return embed_visible_patches(
-            spectrogram, masking, self.weight, self.bias, positions, self.patch, self.backend
-        )
+        return embed_visible_patches(spectrogram, masking, self.weight, self.bias, positions, self.patch, self.backend)
 
 
 class Decoder(nn.Module):

@@ -63,9 +63,7 @@ def sincos_2d(grid: PatchGrid, width: int, num_prefix: int = 0) -> Tensor:
         raise ConfigError(f"model width {width}: must be a multiple of 4 for the 2-D position table")
     rows, columns = grid.shape
     frequency, time = torch.meshgrid(_count(rows), _count(columns), indexing="ij")
-    table = torch.cat(
-        [_sin_and_cos(time.flatten(), width // 2), _sin_and_cos(frequency.flatten(), width // 2)], 1
-    )
+    table = torch.cat([_sin_and_cos(time.flatten(), width // 2), _sin_and_cos(frequency.flatten(), width // 2)], 1)
     return torch.cat([table.new_zeros(num_prefix, width), table]).float()
 
 

@@ -63,9 +63,7 @@ def save(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> Pa
     Raises CheckpointError if statistics are missing or the folder can't be written.
     """
     if info.features.mean is None or info.features.std is None:
-        raise CheckpointError(
-            "features.mean and features.std: weights are saved with the statistics of their corpus"
-        )
+        raise CheckpointError("features.mean and features.std: weights are saved with the statistics of their corpus")
     folder = Path(path)
     geometry = info.model.geometry._asdict()
     config = {
@@ -86,9 +84,7 @@ def save(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> Pa
         os.replace(weights_part, folder / WEIGHTS_FILE)
         os.replace(config_part, folder / CONFIG_FILE)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: can't write the weights ({error}); check space and permissions"
-        ) from None
+        raise CheckpointError(f"{folder}: can't write the weights ({error}); check space and permissions") from None
     return folder
 
 
@@ -126,9 +122,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def from_published(
-    source: Mapping[str, Tensor] | str | Path, encoder_only: bool = False
-) -> MaskedSpectrogramModel:
+def from_published(source: Mapping[str, Tensor] | str | Path, encoder_only: bool = False) -> MaskedSpectrogramModel:
     """A model with the weights of a published checkpoint, its geometry inferred from the tensors.
 
     Both generations: query and value biases with a 1-D decoder table, full biases with a 2-D one. Tables are
@@ -141,9 +135,7 @@ def from_published(
     try:
         config, grid = _published_geometry(state, encoder_only, label)
     except KeyError as error:
-        raise CheckpointError(
-            f"{label}: tensor {error.args[0]} is missing; not a published MSM-MAE"
-        ) from None
+        raise CheckpointError(f"{label}: tensor {error.args[0]} is missing; not a published MSM-MAE") from None
     model = _build(config, grid.n_mels, grid.frames, source=label).to(state["patch_embed.proj.weight"].dtype)
     own = model.state_dict()
     converted = {_our_name(name): value for name, value in state.items() if name not in _NOT_PARAMETERS}
@@ -174,9 +166,7 @@ def _our_name(published: str) -> str:
     for ours, theirs in PUBLISHED_PREFIXES.items():
         if published.startswith(theirs):
             name = ours + published.removeprefix(theirs)
-            return name.replace(".attn.q_bias", ".attn.qkv.q_bias").replace(
-                ".attn.v_bias", ".attn.qkv.v_bias"
-            )
+            return name.replace(".attn.q_bias", ".attn.qkv.q_bias").replace(".attn.v_bias", ".attn.qkv.v_bias")
     return published
 
 
@@ -186,9 +176,7 @@ def _published_name(ours: str) -> str:
     return name.replace(".qkv.q_bias", ".q_bias").replace(".qkv.v_bias", ".v_bias")
 
 
-def _published_geometry(
-    state: Mapping[str, Tensor], encoder_only: bool, source: str
-) -> tuple[Model, PatchGrid]:
+def _published_geometry(state: Mapping[str, Tensor], encoder_only: bool, source: str) -> tuple[Model, PatchGrid]:
     """The configuration and grid behind the tensors. Raises KeyError for a missing one, CheckpointError."""
     width, _, *patch = state["patch_embed.proj.weight"].shape
     num_prefix = int("cls_token" in state)
@@ -208,9 +196,7 @@ def _published_geometry(
     return config, grid
 
 
-def _published_decoder(
-    state: Mapping[str, Tensor], grid: PatchGrid, num_prefix: int, source: str
-) -> dict[str, Any]:
+def _published_decoder(state: Mapping[str, Tensor], grid: PatchGrid, num_prefix: int, source: str) -> dict[str, Any]:
     width = state["decoder_embed.weight"].shape[0]
     table = state["decoder_pos_embed"][0]
     tables = {"1d": sincos_1d(grid.num_patches, width, num_prefix), "2d": sincos_2d(grid, width, num_prefix)}

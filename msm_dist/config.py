@@ -363,6 +363,8 @@ def _conflicts(cfg: Config) -> Iterable[str]:
         )
     yield from _geometry_conflicts(cfg.model)
     features = cfg.features
+    if features.n_fft % 2:
+        yield f"features.n_fft = {features.n_fft}: must be even, for windows to be centred on whole samples"
     if features.win > features.n_fft:
         yield f"features.win = {features.win}: must not exceed features.n_fft = {features.n_fft}"
     if not features.fmin < features.fmax <= features.sample_rate / 2:

@@ -1,8 +1,9 @@
 """Checkpoints: our own format, the same at any ZeRO stage and world size; no pickle, nothing to convert.
 
-    checkpoints/step-00000100/state-00000-of-00002.safetensors ...  per parameter: fp32 master, exp_avg, exp_avg_sq
-                              meta.json                             step, cursor, counters, sizes and digests of the files
-                              complete                              digest of meta.json, written last
+    checkpoints/step-00000100/
+        state-00000-of-00002.safetensors ...  per parameter: fp32 master, exp_avg, exp_avg_sq
+        meta.json                             step, cursor, counters, sizes and digests of the files
+        complete                              digest of meta.json, written last
 
 A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; a
 torn one is skipped. A failure to write raises CheckpointError on all ranks and leaves the others as they were.
@@ -273,9 +274,13 @@ def _verify_file(path: Path, entry: dict[str, Any]) -> None:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror}); remove its folder to use the one before") from None
+        raise CheckpointError(
+            f"{path}: can't be read ({error.strerror}); remove its folder to use the one before"
+        ) from None
     if digest.hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{path}: its bytes are not those that were saved; remove its folder to use the one before")
+        raise CheckpointError(
+            f"{path}: its bytes are not those that were saved; remove its folder to use the one before"
+        )
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import msm_configs
 import torch
 from torch import nn
 
-import msm_configs
 from msm_dist.config import BatchLayout, Config, flat_items
 from msm_dist.engine.optim import build_optimizer
 from msm_dist.errors import ConfigError
@@ -46,7 +46,9 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
         for name, value in flat_items(owned).items()
         if name in given and given[name] != value
     ]
-    unused = [f"{path}: {name}: not ours to pass on; remove it" for name in ("optimizer", "scheduler") if name in values]
+    unused = [
+        f"{path}: {name}: not ours to pass on; remove it" for name in ("optimizer", "scheduler") if name in values
+    ]
     if contradictions or unused:
         raise ConfigError("\n".join(contradictions + unused))
     return values | owned | {"steps_per_print": None}

@@ -1,0 +1,442 @@
+"""Pre-training: build the parts, resume, loop, finish. `train` is the whole loop, read top to bottom.
+
+In: a Config. Out: a run folder with metrics, checkpoints and, at the end, the exported weights; an exit code
+(0: finished; 75: saved, asks for a requeue; 128 + signal: saved and stopped). Started as
+`deepspeed --module msm_dist.pretrain CONFIG [a.b=c ...]`, by torchrun, by srun, or as one plain process.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from msm_dist import monitor
+from msm_dist.config import BatchLayout, Config, batch_layout, load_config
+from msm_dist.corpus import Corpus, open_corpus, plan_identity
+from msm_dist.data.stream import Batch, make_loader, trace_records
+from msm_dist.engine import checkpoint, preempt
+from msm_dist.engine.optim import lr_at
+from msm_dist.engine.runfolder import compare_config, compare_plan, locked, write_atomically
+from msm_dist.engine.world import World, join_world, leave_world
+from msm_dist.engine.zero import build_engine, dry_run, set_lr
+from msm_dist.environment import environment
+from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.features import LogMel, normalize
+from msm_dist.model.mae import MaskedSpectrogramModel, Output
+from msm_dist.model.weights import WeightsInfo
+from msm_dist.model.weights import save as save_weights
+from msm_dist.validate import Validation
+from msm_kernels.backend import resolve
+
+CLIP_KEYS_SHOWN = 8
+
+
+@dataclass
+class Training:
+    """The parts of a run in progress."""
+
+    cfg: Config
+    world: World
+    layout: BatchLayout
+    corpus: Corpus
+    engine: deepspeed.DeepSpeedEngine
+    front_end: LogMel
+    validation: Validation | None
+    monitor: monitor.Monitor
+    interruption: preempt.Interruption
+    matrix_rate: float
+    """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
+    step: int
+    """Updates done."""
+    bad_samples: int
+    """Samples filled on this rank because their clip could not be read; rank 0 carries on the earlier starts'."""
+
+
+def pretrain(cfg: Config) -> int:
+    """Run or continue a run; the exit code. Raises MsmError kinds."""
+    world = join_world(cfg.engine.timeout_minutes)
+    interruption = preempt.Interruption(world.control)
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave_world)
+        has_launcher = world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+        stack.enter_context(preempt.listening(interruption, has_launcher))
+        layout = batch_layout(cfg, world.size)
+        corpus = world.on_main(lambda: open_corpus(cfg, layout))
+        world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
+        run = build(cfg, world, layout, corpus, interruption)
+        stack.callback(run.monitor.close)
+        if run.step < corpus.total_steps and (reason := train(run)):
+            return interruption.exit_code(reason)
+        finish(run)
+    return 0
+
+
+def train(run: Training) -> int:
+    """Train to the last step, or until all ranks agree to stop; the reason to stop, or 0. Ends saved."""
+    cfg, engine, total_steps = run.cfg, run.engine, run.corpus.total_steps
+    watch = monitor.Stopwatch()
+    reason, logged_step = preempt.NONE, run.step
+    with feeding(run) as feed, tracing(run) as trace:
+        engine.train()
+        while run.step < total_steps:
+            with watch.waiting():
+                batches = feed.next_step()
+            if reason := run.interruption.agreed():
+                break
+            lr = lr_at(run.step, cfg.peak_lr, run.corpus.warmup_steps, total_steps)
+            set_lr(engine, lr)
+            loss = torch.zeros((), device=run.world.device)
+            for batch in batches:
+                output = forward(run, batch)
+                # A loss that is not finite makes its gradients so too: then DeepSpeed's check sees it.
+                engine.backward(output.loss * (output.loss.detach() * 0 + 1))
+                engine.step()
+                loss += output.loss.detach() / len(batches)
+                run.bad_samples += batch.num_bad
+                trace(run.step + 1, batch, output)
+            run.step += 1
+            stop_if_skipped(run, lr, batches)
+
+            last = run.step == total_steps
+            if last or run.step % cfg.train.log_every == 0:
+                log_training(run, loss, lr, watch, run.step - logged_step)
+                logged_step = run.step
+            with watch.paused():
+                if last or run.step % cfg.train.valid_every == 0:
+                    validate(run)
+                if last or (cfg.train.pictures_every and run.step % cfg.train.pictures_every == 0):
+                    draw(run)
+                if last or run.step % cfg.checkpoint.every == 0:
+                    save(run)
+    if reason:
+        save(run)
+        tell(run.world, f"stopped and saved at step {run.step} of {total_steps}; the same command continues")
+        run.world.together(feed.raise_fault, DataError)
+    return reason
+
+
+def forward(run: Training, batch: Batch) -> Output:
+    """Audio to loss, for one micro-batch."""
+    waveform = batch.waveform.to(run.world.device, non_blocking=True)
+    sample_ids = batch.sample_ids.to(run.world.device, non_blocking=True)
+    features = run.corpus.features
+    spectrogram = normalize(run.front_end(waveform), features.mean, features.std)
+    return run.engine(spectrogram, sample_ids=sample_ids)
+
+
+def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
+    """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
+    if not run.engine.skipped_steps:
+        return
+    gathered: list[list[str]] = [[]] * run.world.size
+    mine = [key for batch in batches for key in batch.keys]
+    torch.distributed.all_gather_object(gathered, mine, group=run.world.control)
+    clips = [key for keys in gathered for key in keys]
+    report = run.cfg.run.folder / "diverged.json"
+    content = json.dumps({"step": run.step, "lr": lr, "clips": clips}, indent=1)
+    run.world.on_main(lambda: write_atomically(report, content))
+    error = Diverged(
+        f"step {run.step}, lr {lr:.3e}: the loss or a gradient is not finite; the update was left out. Clips of the "
+        f"step: {', '.join(clips[:CLIP_KEYS_SHOWN])}, ... (all {len(clips)} in {report}). Look at those clips, lower "
+        "the learning rate or set optim.clip_norm; the newest checkpoint is untouched"
+    )
+    error.on_all_ranks = True
+    raise error
+
+
+def log_training(run: Training, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
+    """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
+    cfg, world = run.cfg, run.world
+    loss_sum, bad_samples = world.sum([loss.item(), run.bad_samples])
+    clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
+    rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
+    flops = monitor.flops_per_clip(
+        cfg.model.geometry,
+        cfg.num_patches,
+        cfg.num_keep,
+        cfg.num_patches - cfg.num_keep,
+        cfg.model.patch[0] * cfg.model.patch[1],
+        cfg.model.cls_token,
+    )
+    values = {
+        "loss": loss_sum / world.size,
+        "lr": lr,
+        "grad_norm": float(run.engine.get_global_grad_norm()),
+        **rates,
+        "mfu": flops * rates["clips_per_second"] / (world.size * run.matrix_rate),
+        "device_memory_gib": monitor.device_memory_gib(world.device),
+        "bad_clips": bad_samples / cfg.data.crops_per_clip,
+    }
+    run.monitor.train(run.step, values)
+    # Of at least an epoch, so that one bad clip in the first batch is no large share.
+    served = max(run.step * cfg.train.global_batch, run.corpus.plan.clips_per_epoch * cfg.data.crops_per_clip)
+    if bad_samples > cfg.data.max_bad_fraction * served:
+        save(run)
+        error = DataError(
+            f"data.max_bad_fraction = {cfg.data.max_bad_fraction}: {bad_samples:.0f} of {served} samples could not be "
+            f"read by step {run.step} (the log names the clips); check the corpus with `msm-dist data verify "
+            "--decode`, or raise the limit; the run is saved and continues with the same command"
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def validate(run: Training) -> None:
+    """Loss on the fixed crops and masks of the held-out clips, beside the three references. A collective."""
+    if run.validation is None:
+        return
+    run.engine.eval()
+    with torch.no_grad():
+        values = run.validation.loss(lambda spectrogram, ids: run.engine(spectrogram, sample_ids=ids))
+    run.engine.train()
+    run.monitor.valid(run.step, values | run.validation.references())
+
+
+def draw(run: Training) -> None:
+    """Pictures and sounds of a few held-out clips. A collective."""
+    if run.validation is None:
+        return
+    run.engine.eval()
+    with torch.no_grad():
+        pictures = run.validation.pictures(lambda spectrogram, ids: run.engine(spectrogram, sample_ids=ids))
+    run.engine.train()
+    run.monitor.pictures(run.step, pictures)
+
+
+def save(run: Training) -> None:
+    """Write a checkpoint and delete those that need not be kept. A collective."""
+    bad_samples = run.world.sum([run.bad_samples])[0]
+    extra = {
+        "cursor": run.step * run.layout.blocks_per_step,
+        "bad_samples": int(bad_samples),
+        "mean": run.corpus.features.mean,
+        "std": run.corpus.features.std,
+        "loss_scale": None,
+    }
+    root = run.cfg.run.folder / "checkpoints"
+    checkpoint.save(run.engine, root, run.step, extra, run.world)
+    if run.world.is_main:
+        checkpoint.rotate(root, run.cfg.checkpoint.keep, run.cfg.checkpoint.keep_every)
+
+
+def finish(run: Training) -> None:
+    """Export the weights and say what came out and where it is. A collective."""
+    cfg, folder = run.cfg, run.cfg.run.folder
+    weights = dict(checkpoint.full_weights(run.engine))
+
+    origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
+    # Which kernels trained them is no property of the weights.
+    info = WeightsInfo(
+        cfg.model.model_copy(update={"backend": "auto"}), run.corpus.features, cfg.data.crop_frames, origin
+    )
+    exported = run.world.on_main(lambda: save_weights(folder / "export", weights, info))
+    if not run.world.is_main:
+        return
+    latest: dict[str, float] = {}
+    for line in monitor.read_metrics(folder / "metrics.jsonl"):
+        latest |= line
+    lines = [f"\n{folder} is finished: {run.step} steps are done (more with train.steps=N)"]
+    if "valid_loss" in latest:
+        lines.append(f"  held-out loss    {latest['valid_loss']:.4f}")
+        references = {name: value for name, value in latest.items() if name.startswith("reference_")}
+        for name, value in references.items():
+            lines.append(f"    {name:<23} {value:.4f}  (the loss is {latest['valid_loss'] / value:.2f} of it)")
+    lines.append(f"  speed            {latest['clips_per_second']:.1f} clips/s")
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    places = {
+        "weights": exported,
+        "checkpoint": folder / "checkpoints" / checkpoint.checkpoint_name(run.step),
+        "picture": pictures[-1] if pictures else "none without data.valid_shards",
+        "TensorBoard": f"tensorboard --logdir {cfg.run.dir}",
+    }
+    lines += [f"  {name:<16} {place}" for name, place in places.items()]
+    tell(run.world, "\n".join(lines))
+
+
+def build(
+    cfg: Config, world: World, layout: BatchLayout, corpus: Corpus, interruption: preempt.Interruption
+) -> Training:
+    """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
+    folder = cfg.run.folder
+    world.on_main(lambda: compare_config(folder, cfg))
+    world.on_main(lambda: compare_plan(folder, plan_identity(corpus)))
+    world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
+    saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps))
+    model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, cfg.data.crop_frames, cfg.seed)
+    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+    engine = build_engine(model, cfg, layout, world.device)
+    shape = (cfg.train.micro_batch, 1, cfg.features.n_mels, cfg.data.crop_frames)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+    dry_run(engine, noise, torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64, device=world.device))
+    if saved:
+        checkpoint.load(engine, saved, world)
+    else:
+        checkpoint.reset(engine, initial)
+    step = saved.step if saved else 0
+    front_end = LogMel(corpus.features).to(world.device)
+    precision = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    rate = monitor.matrix_rate(world.device, precision)
+    validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
+    record = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
+    announce(cfg, world, corpus, model, saved)
+    return Training(
+        cfg,
+        world,
+        layout,
+        corpus,
+        engine,
+        front_end,
+        validation,
+        record,
+        interruption,
+        rate,
+        step,
+        saved.meta["bad_samples"] if saved and world.is_main else 0,
+    )
+
+
+def newest_checkpoint(root: Path, total_steps: int) -> checkpoint.Saved | None:
+    """Where the run goes on. Raises ConfigError when that is past its end."""
+    saved = checkpoint.newest_complete(root)
+    if saved and saved.step > total_steps:
+        raise ConfigError(
+            f"train.steps: the run is {total_steps} steps long, its checkpoint {saved.folder} is at step {saved.step}; "
+            "ask for more steps, or start a new run with run.name=NAME"
+        )
+    return saved
+
+
+class Feed:
+    """A rank's batches, read one step ahead: a rank that will be without data says so in time for all to stop."""
+
+    def __init__(
+        self, batches: Iterator[Batch], accumulation: int, num_steps: int, interruption: preempt.Interruption
+    ) -> None:
+        self._batches = batches
+        self._accumulation = accumulation
+        self._unread_steps = num_steps
+        self._interruption = interruption
+        self._fault: DataError | None = None
+        self._ahead = self._read()
+
+    def next_step(self) -> list[Batch]:
+        """The next step's micro-batches; reads those of the step after it."""
+        batches, self._ahead = self._ahead, self._read()
+        return batches
+
+    def raise_fault(self) -> None:
+        """Raise what kept this rank from reading on, if anything did."""
+        if self._fault:
+            raise self._fault
+
+    def _read(self) -> list[Batch]:
+        if self._fault or not self._unread_steps:
+            return []
+        self._unread_steps -= 1
+        try:
+            return [next(self._batches) for _ in range(self._accumulation)]
+        except DataError as error:
+            self._fault = error
+            self._interruption.hear(preempt.NO_DATA)
+            return []
+
+
+@contextlib.contextmanager
+def feeding(run: Training) -> Iterator[Feed]:
+    """The loader from the run's step on; its workers end with the block."""
+    cfg, corpus = run.cfg, run.corpus
+    loader = make_loader(
+        corpus.plan,
+        corpus.index,
+        corpus.features,
+        cfg.data,
+        run.layout,
+        run.world.rank,
+        start_step=run.step,
+        missing=corpus.missing,
+    )
+    with contextlib.closing(loader):
+        feed = Feed(loader, run.layout.accumulation, corpus.total_steps - run.step, run.interruption)
+        # Without data for its first step a rank can't wait for an agreement that comes a step late.
+        run.world.together(feed.raise_fault, DataError)
+        yield feed
+
+
+@contextlib.contextmanager
+def tracing(run: Training) -> Iterator[Callable[[int, Batch, Output], None]]:
+    """A function that records which samples a step took; it does nothing without train.trace."""
+    if not run.cfg.train.trace:
+        yield lambda step, batch, output: None
+        return
+    folder = run.cfg.run.folder / "trace"
+    if run.world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("rank-*.jsonl"):
+            monitor.truncate_jsonl(path, run.step)
+    run.world.barrier()
+
+    def record(step: int, batch: Batch, output: Output) -> None:
+        for line in trace_records(batch, step, output.masking.ids_keep.cpu().numpy()):
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+
+    with (folder / f"rank-{run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+        yield record
+
+
+def announce(
+    cfg: Config, world: World, corpus: Corpus, model: MaskedSpectrogramModel, saved: checkpoint.Saved | None
+) -> None:
+    """Say what is about to run, and from where."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
+        f"to step {corpus.total_steps}",
+        f"machine    {world.size} x {environment(world)['device']}, {cfg.train.precision}, "
+        f"ZeRO {cfg.engine.zero_stage}, {resolve(cfg.model.backend, world.device)} kernels",
+        f"model      {parameters / 1e6:.2f} M parameters, {cfg.num_keep} of {cfg.num_patches} patches visible",
+        f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
+        f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
+    ]
+    if world.size == 1 and torch.cuda.device_count() > 1:
+        lines.append(
+            f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "
+            "deepspeed --module msm_dist.pretrain CONFIG"
+        )
+    tell(world, "\n".join(lines))
+
+
+def tell(world: World, text: str) -> None:
+    """Print, on rank 0."""
+    if world.is_main:
+        print(text, flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m msm_dist.pretrain CONFIG [a.b=c ...]`; the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # The deepspeed launcher adds --local_rank=N; the environment says the same.
+    words = [word for word in arguments if not word.startswith("--local_rank")]
+
+    def action() -> int:
+        try:
+            if not words or words[0].startswith("-") or "=" in words[0]:
+                raise ConfigError("usage: python -m msm_dist.pretrain CONFIG.yaml [section.key=value ...]")
+            cfg = load_config(words[0], words[1:])
+        except ConfigError as error:
+            error.on_all_ranks = True
+            raise
+        return pretrain(cfg)
+
+    return reporting(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""`python -m msm_dist.pretrain` with a process that dies by SIGKILL at a chosen point.
+
+KILL=step:S          rank KILL_RANK dies after the update of step S, before anything of it is recorded
+KILL=write:N         ... instead of the N-th durable write of a checkpoint (state, meta.json, complete)
+KILL=torn:N          ... in the middle of the N-th one
+KILL=rename          ... before a written checkpoint gets its name
+KILL=export          ... before the export
+KILL=slow:S          nobody dies; a step takes S seconds longer
+"""
+
+import os
+import signal
+import sys
+import time
+
+from msm_dist import pretrain
+from msm_dist.engine import checkpoint
+
+what, _, number = os.environ.get("KILL", "").partition(":")
+mine = os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0")
+writes = 0
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_step(run, *rest):
+    if run.step == int(number):
+        die()
+    return stop_if_skipped(run, *rest)
+
+
+def slowly(*arguments):
+    time.sleep(float(number))
+    return stop_if_skipped(*arguments)
+
+
+def on_write(path, data):
+    global writes
+    writes += 1
+    if writes == int(number):
+        if what == "torn":
+            path.write_bytes(data[: len(data) // 2])
+        die()
+    write(path, data)
+
+
+stop_if_skipped, write = pretrain.stop_if_skipped, checkpoint._write_durably
+if mine and what == "step":
+    pretrain.stop_if_skipped = on_step
+if what == "slow":
+    pretrain.stop_if_skipped = slowly
+if mine and what in ("write", "torn"):
+    checkpoint._write_durably = on_write
+if mine and what == "rename":
+    checkpoint.Path.rename = lambda *_: die()
+if mine and what == "export":
+    pretrain.finish = lambda *_: die()
+sys.exit(pretrain.main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""The configuration: defaults, files, overrides, and every fault reported at once."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msm_dist.config import Config, batch_layout, dump_config, load_config, parse_config
+from msm_dist.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def faults(**sections) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"train": {"steps": 10}} | sections, "run.yaml")
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith("run.yaml: ")
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configuration_is_valid_and_survives_a_dump(path):
+    cfg = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(cfg)), "dumped") == cfg
+
+
+def test_recipes_are_those_of_the_paper():
+    paper = load_config(ROOT / "configs/base_audioset.yaml")
+    assert (paper.num_patches, paper.num_keep) == (65, 16)
+    assert paper.peak_lr == pytest.approx(6e-4)
+    assert (paper.train.epochs, paper.optim.warmup_epochs, paper.optim.clip_norm) == (100, 10, None)
+    assert (paper.model.key_bias, paper.model.decoder_positions, paper.model.cls_token) == (False, "1d", True)
+    assert (paper.features.mean, paper.features.std) == (-7.1, 4.2)
+    rerun = load_config(ROOT / "configs/base_80x608.yaml")
+    assert rerun.peak_lr == pytest.approx(2.4e-3)
+    assert (rerun.num_patches, rerun.num_keep) == (190, 47)
+    assert (rerun.train.epochs, rerun.optim.warmup_epochs, rerun.optim.clip_norm) == (300, 20, 3.0)
+    assert (rerun.model.key_bias, rerun.model.decoder_positions) == (True, "2d")
+    fine = load_config(ROOT / "configs/base_80x208_p16x4.yaml")
+    assert (fine.num_patches, fine.model.patch) == (260, (16, 4))
+
+
+@pytest.mark.parametrize(("frames", "ratio", "keep"), [(208, 0.8, 12), (608, 0.7, 57), (208, 0.75, 16)])
+def test_visible_patches_are_rounded_down(frames, ratio, keep):
+    cfg = parse_config({"train": {"steps": 1}, "data": {"crop_frames": frames}, "model": {"mask_ratio": ratio}}, "t")
+    assert cfg.num_keep == keep
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"step": 3}}, "train.step: unknown key; did you mean train.steps?"),
+        ({"dta": {}}, "dta: unknown key; did you mean data?"),
+        ({"lr": 0.1}, "lr: unknown key; did you mean optim.lr?"),
+        ({"model": {"patch_size": "16"}}, "model.patch_size = '16': a patch is bands x frames"),
+        ({"model": {"patch_size": "12x16"}}, "its height must divide features.n_mels = 80"),
+        ({"data": {"crop_frames": 200}}, "multiple of the patch width 16 (model.patch_size = 16x16); choose 192"),
+        ({"model": {"mask_ratio": 0.999}}, "of 65 patches 0 stay visible"),
+        ({"model": {"size": "base", "depth": 3}}, "give a size, or all of embed_dim"),
+        ({"model": {"depth": 3}}, "model.embed_dim is missing"),
+        ({"model": {"embed_dim": 30, "depth": 1, "num_heads": 4}}, "must divide model.embed_dim = 30"),
+        ({"data": {"block": 6, "crops_per_clip": 4}}, "data.block = 6: must be a multiple of data.crops_per_clip"),
+        ({"train": {"steps": 1, "micro_batch": 12}}, "multiple of data.block = 8; choose 8 or 16"),
+        ({"train": {"steps": 1, "global_batch": 100}}, "multiple of train.micro_batch = 64; choose 64 or 128"),
+        ({"train": {}}, "train.steps is missing: give train.steps or train.epochs"),
+        ({"train": {"steps": 1, "epochs": 1}}, "give one of them, not both"),
+        ({"optim": {"lr": 1, "base_lr": 1}}, "optim.base_lr = 1.0 and optim.lr = 1.0"),
+        ({"optim": {"warmup_steps": 10}}, "optim.warmup_steps = 10: must be below train.steps = 10"),
+        ({"features": {"fmax": 9000}}, "at or below half of features.sample_rate = 16000"),
+        ({"features": {"mean": -7.1}}, "go together"),
+        ({"engine": {"zero_stage": 1, "deepspeed": "x.json"}}, "give one of them"),
+        ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
+        ({"train": {"steps": 0}}, "train.steps = 0: input should be greater than or equal to 1"),
+    ],
+)
+def test_fault_names_field_value_rule_and_remedy(sections, says):
+    assert any(says in line for line in faults(**sections)), faults(**sections)
+
+
+def test_all_faults_are_reported_at_once():
+    assert len(faults(data={"crop_frames": 100, "block": 3}, optim={"lr": 1, "base_lr": 1})) >= 3
+
+
+def test_overrides_win_over_the_file_and_are_yaml(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {steps: 5}\noptim: {lr: 0.1}\n")
+    cfg = load_config(path, ["train.steps=7", "optim.lr=1e-4", "data.shards=[a.tar, b.tar]", "run.name=x"])
+    assert (cfg.train.steps, cfg.optim.lr, cfg.data.shards, cfg.run.name) == (7, 1e-4, ["a.tar", "b.tar"], "x")
+    for wrong in ("train.steps", "=3", "train.steps=[", "optim.lr.x=1"):
+        with pytest.raises(ConfigError):
+            load_config(path, [wrong])
+
+
+def test_a_file_holds_only_what_differs_from_the_one_it_extends(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: 5, log_every: 3}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\ntrain: {steps: 6}\n")
+    cfg = load_config(child)
+    assert (cfg.train.steps, cfg.train.log_every) == (6, 3)
+    (tmp_path / "base.yaml").write_text("extends: child.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(child)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "!!python/object/apply:os.system [x]", "1: 2", "\x00"])
+def test_a_file_that_is_no_configuration_is_a_clear_error(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_names_those_that_are_there(tmp_path):
+    (tmp_path / "good.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no such configuration file; .* has good.yaml"):
+        load_config(tmp_path / "goood.yaml")
+
+
+@given(
+    world=st.integers(1, 64),
+    accumulation=st.integers(1, 4),
+    blocks=st.integers(1, 8),
+    block=st.sampled_from([1, 2, 8]),
+)
+def test_layout_spreads_the_whole_batch(world, accumulation, blocks, block):
+    micro = blocks * block
+    cfg = parse_config(
+        {
+            "train": {"steps": 1, "global_batch": world * accumulation * micro, "micro_batch": micro},
+            "data": {"block": block},
+        },
+        "t",
+    )
+    layout = batch_layout(cfg, world)
+    assert layout.accumulation == accumulation
+    assert layout.blocks_per_step == world * accumulation * layout.blocks_per_micro_batch
+    assert layout.blocks_per_micro_batch * block == micro
+
+
+@given(world=st.integers(1, 40))
+def test_a_layout_that_does_not_fit_lists_micro_batches_that_do(world):
+    cfg = parse_config({"train": {"steps": 1, "global_batch": 960, "micro_batch": 960}, "data": {"block": 4}}, "t")
+    try:
+        batch_layout(cfg, world)
+    except ConfigError as error:
+        if "choose train.micro_batch from " in str(error):
+            choice = int(str(error).partition("train.micro_batch from ")[2].split(",")[0])
+            assert 960 % (world * choice) == 0
+            assert choice % 4 == 0
+        else:
+            assert 960 % (world * 4)
+    else:
+        assert world == 1
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config(train={"steps": 1}).train.steps = 3
+
+
+def test_crop_reads_hop_times_frames_less_one_plus_a_window():
+    features = Config().features
+    assert features.crop_samples(208) == 33520
+    assert features.num_frames(160000) == 1001
+    assert math.isclose(features.num_frames(33280), 209)

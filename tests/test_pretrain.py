@@ -1,0 +1,279 @@
+"""Whole runs in real processes: the same samples at any world size, and nothing lost by a kill."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_corpus
+from tests.processes import HERE, free_port, rank_environment
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 14
+SETTINGS = [
+    "train.global_batch=16",
+    "train.micro_batch=4",
+    "train.precision=fp32",
+    f"train.steps={STEPS}",
+    "train.log_every=1",
+    "train.valid_every=7",
+    "train.valid_clips=12",
+    "train.pictures_every=0",
+    "train.trace=true",
+    "checkpoint.every=4",
+    "checkpoint.keep=2",
+    "data.block=4",
+    "data.crop_frames=96",
+    "data.shuffle_window=16",
+    "model.size=null",
+    "model.embed_dim=32",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.decoder_embed_dim=16",
+    "model.decoder_depth=1",
+    "model.decoder_num_heads=2",
+    "optim.lr=1e-2",
+    "optim.warmup_steps=2",
+]
+
+
+class Runs:
+    """Starts runs on one corpus, in one folder of runs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.train = write_corpus(folder / "train", seed=0)
+        self.valid = write_corpus(folder / "valid", count=24, num_shards=1, seed=1)
+        self.config = folder / "empty.yaml"
+        self.config.write_text("")
+
+    def command(self, name: str, *settings: str) -> list[str]:
+        return [
+            str(self.config),
+            f"run.dir={self.folder}",
+            f"run.name={name}",
+            f"data.shards={self.train}",
+            f"data.valid_shards={self.valid}",
+            *SETTINGS,
+            *settings,
+        ]
+
+    def start(self, name: str, *settings: str, ranks: int = 2, **environment: str) -> list[subprocess.Popen]:
+        port = free_port()
+        return [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "pretrain_worker.py"), *self.command(name, *settings)],
+                env=rank_environment(rank, ranks, port) | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=HERE.parent,
+            )
+            for rank in range(ranks)
+        ]
+
+    def run(self, name: str, *settings: str, ranks: int = 2, **environment: str) -> tuple[list[int], str]:
+        """Exit codes and rank 0's output; when a rank is killed its peers are ended, as a launcher does."""
+        return finish(self.start(name, *settings, ranks=ranks, **environment))
+
+    def trace(self, name: str) -> list[dict]:
+        records = [
+            json.loads(line)
+            for path in (self.folder / name / "trace").glob("rank-*.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        return sorted(records, key=lambda record: (record["step"], record["block"], record["slot"]))
+
+    def metrics(self, name: str) -> list[dict]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def losses(self, name: str) -> list[tuple]:
+        kept = ("step", "loss", "lr", "grad_norm", "valid_loss", "reference_mel_mean")
+        return [tuple(line.get(key) for key in kept) for line in self.metrics(name)]
+
+    def weights(self, name: str) -> str:
+        return hashlib.sha256((self.folder / name / "export/model.safetensors").read_bytes()).hexdigest()
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], str]:
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes):
+            assert time.monotonic() < deadline, "the run hangs"
+            if any(process.poll() not in (None, 0) for process in processes):
+                time.sleep(1)
+                for process in processes:
+                    process.kill()
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [process.communicate()[0] for process in processes]
+    return [process.returncode for process in processes], outputs[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    codes, output = runs.run("undisturbed")
+    assert codes == [0, 0], output
+    return runs
+
+
+def test_run_leaves_what_the_readme_promises(runs):
+    folder = runs.folder / "undisturbed"
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "plan.json",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "pictures",
+        "trace",
+    }
+    assert not (folder / "lock.json").exists()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000012", "step-00000014"]
+    train = [line for line in runs.metrics("undisturbed") if "loss" in line]
+    valid = [line for line in runs.metrics("undisturbed") if "valid_loss" in line]
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in valid] == [7, 14]
+    assert set(valid[0]) >= {"reference_mel_mean", "reference_visible_mean", "reference_nearest_patch"}
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
+def test_every_sample_of_an_epoch_is_served_once(runs):
+    first = [record["clip"] for record in runs.trace("undisturbed") if record["epoch"] == 0]
+    assert len(first) == len(set(first)) == 192
+
+
+@pytest.mark.parametrize(("ranks", "workers", "micro"), [(1, 0, 16), (2, 2, 8)])
+def test_world_size_workers_and_micro_batch_do_not_change_the_samples(runs, ranks, workers, micro):
+    name = f"world-{ranks}-{workers}-{micro}"
+    codes, output = runs.run(
+        name, f"data.num_workers={workers}", f"train.micro_batch={micro}", "train.steps=6", ranks=ranks
+    )
+    assert codes == [0] * ranks, output
+    expected = [record for record in runs.trace("undisturbed") if record["step"] <= 6]
+    assert runs.trace(name) == expected
+    # The learning rate differs with the length, so that only the first two steps, in warm-up, can be compared.
+    for mine, theirs in zip(runs.losses(name)[:2], runs.losses("undisturbed")[:2], strict=True):
+        assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+KILLS = [
+    ("step:2", 0),
+    ("step:6", 1),
+    ("torn:1", 1),
+    ("write:2", 0),
+    ("torn:3", 0),
+    ("rename", 0),
+    ("step:13", 0),
+    ("export", 0),
+]
+
+
+def test_run_killed_at_many_points_equals_one_never_killed(runs):
+    for kill, rank in KILLS:
+        codes, output = runs.run("killed", KILL=kill, KILL_RANK=str(rank))
+        assert codes[rank] == -signal.SIGKILL, f"{kill}: {output}"
+    codes, output = runs.run("killed")
+    assert codes == [0, 0], output
+    assert runs.losses("killed") == runs.losses("undisturbed")
+    assert runs.trace("killed") == runs.trace("undisturbed")
+    assert runs.weights("killed") == runs.weights("undisturbed")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+def test_signal_to_one_rank_stops_all_after_a_save_and_the_run_continues(runs, sent, code):
+    name = f"signal-{sent.name}"
+    processes = runs.start(name, KILL="slow:0.2")
+    metrics = runs.folder / name / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, processes)
+    processes[1].send_signal(sent)
+    codes, output = finish(processes)
+    assert code in codes, output
+    assert set(codes) <= {code, 128 + signal.SIGTERM, -signal.SIGKILL}, output
+    assert "stopped and saved at step" in output
+    codes, output = runs.run(name)
+    assert codes == [0, 0], output
+    assert "continued from" in output
+    assert runs.losses(name) == runs.losses("undisturbed")
+    assert runs.weights(name) == runs.weights("undisturbed")
+
+
+def wait_for(condition, processes, timeout=90):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.01)
+
+
+def test_finished_run_says_so_and_more_steps_continue_it(runs):
+    codes, output = runs.run("undisturbed")
+    assert codes == [0, 0], output
+    assert "is finished: 14 steps" in output
+
+
+def test_second_start_of_a_running_run_is_refused(runs):
+    lock = runs.folder / "busy" / "lock.json"
+    processes = runs.start("busy", "train.steps=100000", "checkpoint.every=100000")
+    try:
+        wait_for(lock.exists, processes)
+        owner = json.loads(lock.read_text())["pid"]
+        codes, output = runs.run("busy", ranks=1)
+        assert codes == [2]
+        assert f"process {owner}" in output
+        assert "Traceback" not in output
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_other_settings_for_the_same_run_are_refused(runs):
+    codes, output = runs.run("undisturbed", "optim.lr=0.5", "seed=3", ranks=1)
+    assert codes == [2]
+    assert "optim.lr: 0.01" in output
+    assert "seed: 0" in output
+    assert "run.name=" in output
+    assert "Traceback" not in output
+
+
+def launch(runs: Runs, name: str, *settings: str) -> subprocess.Popen:
+    script = Path(sys.executable).with_name("deepspeed")
+    door = [str(script), "--num_accelerators", "2", "--master_port", str(free_port())]
+    return subprocess.Popen(
+        [*door, "--module", "msm_dist.pretrain", *runs.command(name, *settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=HERE.parent,
+    )
+
+
+def test_killed_launcher_leaves_no_orphans_and_the_same_command_continues(runs):
+    settings = ["train.steps=80", "train.valid_every=80", "checkpoint.every=30"]
+    first = launch(runs, "launched", *settings)
+    metrics = runs.folder / "launched" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, [first])
+    first.kill()
+    first.communicate()
+    second = launch(runs, "launched", *settings)
+    output = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, output
+    assert "continued from" in output
+    trace = runs.trace("launched")
+    assert [record["step"] for record in trace] == [1 + i // 16 for i in range(80 * 16)]
+    assert [record for record in trace if record["step"] <= STEPS] == runs.trace("undisturbed")

@@ -1,0 +1,111 @@
+"""The run folder: its lock, its recorded settings and plan."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from msm_dist.config import parse_config
+from msm_dist.engine import runfolder
+from msm_dist.errors import ConfigError
+
+
+def config(**sections):
+    return parse_config({"train": {"steps": 10}} | sections, "test")
+
+
+def test_lock_names_its_owner_and_goes_with_the_block(tmp_path):
+    folder = tmp_path / "run"
+    with runfolder.locked(folder):
+        owner = json.loads((folder / "lock.json").read_text())
+        refusal = pytest.raises(ConfigError, match=f"process {owner['pid']} on {owner['host']}.*run.name=")
+        with refusal, runfolder.locked(folder, wait_seconds=0.3):
+            pass
+        assert (folder / "lock.json").exists()
+    assert not list(folder.iterdir())
+    with runfolder.locked(folder):
+        pass
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = (
+        "import sys, time, pathlib; from msm_dist.engine.runfolder import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == b"locked\n"
+    owner.kill()
+    owner.communicate()
+    assert (tmp_path / "lock.json").exists()
+    with runfolder.locked(tmp_path, wait_seconds=0):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] != owner.pid
+
+
+def test_recycled_process_number_is_not_taken_for_the_owner(tmp_path):
+    with runfolder.locked(tmp_path):
+        lock = json.loads((tmp_path / "lock.json").read_text())
+    (tmp_path / "lock.json").write_text(json.dumps(lock | {"started": "1"}))
+    with runfolder.locked(tmp_path, wait_seconds=0):
+        pass
+
+
+def test_lock_of_another_host_counts_until_its_heartbeat_stops(tmp_path, monkeypatch):
+    lock = tmp_path / "lock.json"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "7", "restart": None}))
+    with pytest.raises(ConfigError, match="on elsewhere, job 7"), runfolder.locked(tmp_path, wait_seconds=0):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with runfolder.locked(tmp_path, wait_seconds=0):
+        pass
+    monkeypatch.delenv("SLURM_JOB_ID")
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1"}))
+    monkeypatch.setattr(runfolder, "DEAD_AFTER_SECONDS", -1.0)
+    with runfolder.locked(tmp_path, wait_seconds=0):
+        pass
+
+
+def test_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can't be written"), runfolder.locked(tmp_path / "file" / "run"):
+        pass
+
+
+def test_listed_settings_may_change_and_are_recorded(tmp_path):
+    runfolder.compare_config(tmp_path, config())
+    later = config(
+        train={"steps": 20, "log_every": 1, "micro_batch": 8, "trace": True},
+        data={"num_workers": 0},
+        checkpoint={"every": 5},
+        engine={"timeout_minutes": 1},
+    )
+    runfolder.compare_config(tmp_path, later)
+    assert "steps: 20" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"seed": 1}, "seed: 0 in .*, 1 now"),
+        ({"optim": {"lr": 0.1}}, "optim.lr: None in .*, 0.1 now"),
+        ({"data": {"lanes": 4}}, "data.lanes: None in .*, 4 now"),
+        ({"train": {"steps": 10, "global_batch": 64}}, "train.global_batch: 512 in .*, 64 now"),
+        ({"train": {"steps": 10, "precision": "fp32"}}, "train.precision: 'bf16' in .*, 'fp32' now"),
+        ({"model": {"size": "tiny"}}, "model.size: None in .*, 'tiny' now"),
+    ],
+)
+def test_any_other_difference_is_refused_and_not_recorded(tmp_path, sections, says):
+    runfolder.compare_config(tmp_path, config())
+    recorded = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=says) as caught:
+        runfolder.compare_config(tmp_path, config(**sections))
+    assert "run.name=NAME" in str(caught.value)
+    assert (tmp_path / "config.yaml").read_text() == recorded
+
+
+def test_corpus_that_changed_since_the_first_start_is_refused(tmp_path):
+    runfolder.compare_plan(tmp_path, {"index_digest": "a", "lanes": 8})
+    runfolder.compare_plan(tmp_path, {"index_digest": "a", "lanes": 8})
+    with pytest.raises(ConfigError, match="began with index_digest = a, the corpus now gives b"):
+        runfolder.compare_plan(tmp_path, {"index_digest": "b", "lanes": 8})

@@ -11,7 +11,7 @@ import pytest
 
 from msm_dist.config import Features
 from msm_dist.data.audio import decode, to_int16
-from msm_dist.data.index import load_index, members
+from msm_dist.data.index import file_sha256, load_index, members, write_members
 from msm_dist.data.shards import index_shards, measure_shards, verify_shards
 from msm_dist.data.stats import LogMelMeter, combine
 from msm_dist.errors import DataError
@@ -123,6 +123,7 @@ def test_links_and_sparse_members_are_no_clips(tmp_path):
         tar.addfile(member, io.BytesIO(CLIPS["00/first.flac"]))
     index = index_shards([tmp_path / "a.tar"], Features())
     assert members(index.shards[0])["key"].tolist() == [b"real"]
+    assert json.loads((tmp_path / "report.json").read_text())["left_out"] == []
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
@@ -203,8 +204,6 @@ def test_verify_with_decoding_sees_what_digests_can_not(tars):
     index = index_shards(tars, Features())
     damage_clip(index, 1)
     shard = index.shards[0]
-    from msm_dist.data.index import file_sha256
-
     consistent = replace(index, shards=(replace(shard, sha256=file_sha256(shard.path)), index.shards[1]))
     assert verify_shards(consistent, decode_clips=False) == []
     faults = verify_shards(consistent, decode_clips=True)
@@ -212,6 +211,16 @@ def test_verify_with_decoding_sees_what_digests_can_not(tars):
     assert "00/second: undecodable" in faults[0]
     with pytest.raises(DataError, match="00/second: undecodable.*msm-dist data verify"):
         measure_shards(consistent, Features())
+
+
+def test_verify_with_decoding_compares_the_lengths(tars):
+    index = index_shards(tars, Features())
+    shard = index.shards[1]
+    table = members(shard).copy()
+    table["samples"] += 1
+    digest = write_members(shard.members_path, table)
+    faults = verify_shards(replace(index, shards=(replace(shard, members_sha256=digest),)), decode_clips=True)
+    assert faults == [f"{shard.path}: sixth: 4000 samples, its sidecar says 4001"]
 
 
 def test_measuring_again_gives_the_same_and_another_front_end_its_own(tars):

@@ -174,9 +174,11 @@ def test_bad_files_are_left_out_with_their_reasons(source, tmp_path):
     for name, (content, _) in bad_files().items():
         (source / "dog" / name).write_bytes(content)
     (source / "gone.wav").symlink_to(source / "nowhere.wav")
+    os.mkfifo(source / "pipe.wav")
     index = pack(source, tmp_path / "out", SETTINGS)
     assert index.num_clips == 24
-    expected = {f"dog/{name}": reason for name, (_, reason) in bad_files().items()} | {"gone.wav": "unreadable"}
+    expected = {f"dog/{name}": reason for name, (_, reason) in bad_files().items()}
+    expected |= {"gone.wav": "unreadable", "pipe.wav": "unreadable"}
     left_out = report(tmp_path / "out")["left_out"]
     assert {entry["file"]: entry["reason"] for entry in left_out} == expected
     assert [entry["file"] for entry in left_out] == sorted(expected)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -196,8 +197,11 @@ def _scan(scan: _Scan, workers: int, progress: Progress) -> tuple[list[Recording
 def _scan_files(scan: _Scan) -> list[Recording | LeftOut]:
     found: list[Recording | LeftOut] = []
     for name in scan.files:
+        path = scan.source / name
         try:
-            with open(scan.source / name, "rb") as file:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadClip("unreadable", "not a regular file")
+            with open(path, "rb") as file:
                 found.append(_scan_file(name, file, scan))
         except BadClip as error:
             found.append(LeftOut(name, 0.0, error.reason, error.detail))

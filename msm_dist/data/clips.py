@@ -36,7 +36,7 @@ def quiet(stage: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recording:
     """A source file: path below the source folder, samples per channel, rate in Hz, channels, bytes."""
 
@@ -47,7 +47,7 @@ class Recording:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """A piece of a recording: samples [start, stop) at its own rate; its labels and their display names."""
 
@@ -59,7 +59,7 @@ class Clip:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LeftOut:
     """Audio that is not in the shards: its file (or key in a foreign tar), where in it, and why."""
 

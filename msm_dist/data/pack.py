@@ -192,11 +192,14 @@ def _compare(content: str, identity: dict[str, Any], out: Path) -> None:
 
 
 def _finished(out: Path) -> Index | None:
-    """The index, where the pack is finished."""
+    """The index, where the pack is finished. Raises DataError if shards were damaged since."""
     if (out / UNFINISHED_NAME).exists() or not (out / INDEX_NAME).exists():
         return None
     index = load_index(str(out))
-    check_shards(index, "size")
+    try:
+        check_shards(index, "size")
+    except DataError as error:
+        raise DataError(f"{error}\nto pack again, remove {out} first") from None
     return index
 
 

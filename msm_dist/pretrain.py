@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,17 @@ from msm_dist.corpus import Corpus, open_corpus, plan_identity
 from msm_dist.data.stream import Batch, make_loader, trace_records
 from msm_dist.engine import checkpoint, preempt
 from msm_dist.engine.optim import lr_at
-from msm_dist.engine.runfolder import compare_config, compare_plan, locked, write_atomically
+from msm_dist.engine.runfolder import compare_config, compare_plan, locked
 from msm_dist.engine.world import World, join_world, leave_world
 from msm_dist.engine.zero import build_engine, dry_run, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.features import LogMel, normalize
+from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel, Output
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
-from msm_dist.validate import Validation
+from msm_dist.validate import Forward, Validation
 from msm_kernels.backend import resolve
 
 CLIP_KEYS_SHOWN = 8
@@ -192,10 +194,8 @@ def validate(run: Training) -> None:
     """Loss on the fixed crops and masks of the held-out clips, beside the three references. A collective."""
     if run.validation is None:
         return
-    run.engine.eval()
-    with torch.no_grad():
-        values = run.validation.loss(lambda spectrogram, ids: run.engine(spectrogram, sample_ids=ids))
-    run.engine.train()
+    with evaluating(run) as forward:
+        values = run.validation.loss(forward)
     run.monitor.valid(run.step, values | run.validation.references())
 
 
@@ -203,11 +203,18 @@ def draw(run: Training) -> None:
     """Pictures and sounds of a few held-out clips. A collective."""
     if run.validation is None:
         return
+    with evaluating(run) as forward:
+        pictures = run.validation.pictures(forward)
+    run.monitor.pictures(run.step, pictures)
+
+
+@contextlib.contextmanager
+def evaluating(run: Training) -> Iterator[Forward]:
+    """The model as a function of (spectrogram, sample_ids), without gradients."""
     run.engine.eval()
     with torch.no_grad():
-        pictures = run.validation.pictures(lambda spectrogram, ids: run.engine(spectrogram, sample_ids=ids))
+        yield lambda spectrogram, sample_ids: run.engine(spectrogram, sample_ids=sample_ids)
     run.engine.train()
-    run.monitor.pictures(run.step, pictures)
 
 
 def save(run: Training) -> None:
@@ -422,6 +429,8 @@ def tell(world: World, text: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """`python -m msm_dist.pretrain CONFIG [a.b=c ...]`; the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed calls collectives by names that torch renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # The deepspeed launcher adds --local_rank=N; the environment says the same.
     words = [word for word in arguments if not word.startswith("--local_rank")]
 

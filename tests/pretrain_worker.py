@@ -6,6 +6,8 @@ KILL=torn:N          ... in the middle of the N-th one
 KILL=rename          ... before a written checkpoint gets its name
 KILL=export          ... before the export
 KILL=slow:S          nobody dies; a step takes S seconds longer
+KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied by that
+KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 """
 
 import os
@@ -36,6 +38,20 @@ def slowly(*arguments):
     return stop_if_skipped(*arguments)
 
 
+def poisoned(run, batch):
+    output = forward(run, batch)
+    if run.step + 1 == int(number):
+        output = output._replace(loss=output.loss * float(what))
+    return output
+
+
+def truncating(run, *rest):
+    if run.step == int(number):
+        for shard in run.corpus.index.shards:
+            os.truncate(shard.path, 1024)
+    return stop_if_skipped(run, *rest)
+
+
 def on_write(path, data):
     global writes
     writes += 1
@@ -46,11 +62,15 @@ def on_write(path, data):
     write(path, data)
 
 
-stop_if_skipped, write = pretrain.stop_if_skipped, checkpoint._write_durably
+stop_if_skipped, forward, write = pretrain.stop_if_skipped, pretrain.forward, checkpoint._write_durably
 if mine and what == "step":
     pretrain.stop_if_skipped = on_step
 if what == "slow":
     pretrain.stop_if_skipped = slowly
+if mine and what in ("nan", "inf"):
+    pretrain.forward = poisoned
+if mine and what == "truncate":
+    pretrain.stop_if_skipped = truncating
 if mine and what in ("write", "torn"):
     checkpoint._write_durably = on_write
 if mine and what == "rename":

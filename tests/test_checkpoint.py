@@ -109,7 +109,7 @@ def test_marker_is_written_last_and_nothing_is_named_before_it_is_on_the_disk(tm
         events.append("rename")
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", on_fsync)
+    monkeypatch.setattr(os, "fsync", on_fsync)
     monkeypatch.setattr(checkpoint.Path, "rename", on_rename)
     saving(tmp_path, 10)
     assert events == [
@@ -133,7 +133,7 @@ def test_failing_disk_leaves_the_last_good_checkpoint(tmp_path, saving, monkeypa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises((CheckpointError, OSError), match="No space left on device"):
         saving(tmp_path, 10)
     monkeypatch.undo()

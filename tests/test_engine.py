@@ -9,7 +9,7 @@ from torch import nn
 
 from msm_dist.config import batch_layout, parse_config
 from msm_dist.engine.optim import lr_at, parameter_groups
-from msm_dist.engine.zero import deepspeed_config
+from msm_dist.engine.zero import deepspeed_config, dry_run
 from msm_dist.errors import ConfigError
 from tests.processes import HERE, run_ranks
 
@@ -85,6 +85,38 @@ def test_own_deepspeed_file_may_not_contradict_the_run(tmp_path, content, says):
     cfg = config(engine={"deepspeed": str(path)})
     with pytest.raises(ConfigError, match=says):
         deepspeed_config(cfg, batch_layout(cfg, 1))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_step_that_does_not_fit_the_memory_says_which_setting_to_lower(error):
+    class Full:
+        def gradient_accumulation_steps(self):
+            return 1
+
+        def __call__(self, *arguments, **named):
+            raise error
+
+    with pytest.raises(ConfigError, match="train.micro_batch = 4: .*lower train.micro_batch"):
+        dry_run(Full(), torch.zeros(4, 1), torch.zeros(4, 3))
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory():
+    class Broken:
+        def gradient_accumulation_steps(self):
+            return 1
+
+        def __call__(self, *arguments, **named):
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        dry_run(Broken(), torch.zeros(4, 1), torch.zeros(4, 3))
 
 
 @pytest.fixture(scope="module")

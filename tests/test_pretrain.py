@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from msm_dist.data.index import load_index, members
+from msm_dist.engine.checkpoint import is_complete
 from tests.corpus import write_corpus
 from tests.processes import HERE, free_port, rank_environment
 
@@ -80,7 +84,7 @@ class Runs:
         ]
 
     def run(self, name: str, *settings: str, ranks: int = 2, **environment: str) -> tuple[list[int], str]:
-        """Exit codes and rank 0's output; when a rank is killed its peers are ended, as a launcher does."""
+        """Exit codes and outputs; when a rank fails its peers are ended, as a launcher does."""
         return finish(self.start(name, *settings, ranks=ranks, **environment))
 
     def trace(self, name: str) -> list[dict]:
@@ -103,12 +107,13 @@ class Runs:
         return hashlib.sha256((self.folder / name / "export/model.safetensors").read_bytes()).hexdigest()
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], str]:
+def finish(processes: list[subprocess.Popen], timeout: float = 120, end_peers: bool = True) -> tuple[list[int], str]:
+    """Exit codes and rank 0's output, other ranks' behind it."""
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
             assert time.monotonic() < deadline, "the run hangs"
-            if any(process.poll() not in (None, 0) for process in processes):
+            if end_peers and any(process.poll() not in (None, 0) for process in processes):
                 time.sleep(1)
                 for process in processes:
                     process.kill()
@@ -117,7 +122,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[lis
         for process in processes:
             process.kill()
     outputs = [process.communicate()[0] for process in processes]
-    return [process.returncode for process in processes], outputs[0]
+    return [process.returncode for process in processes], "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +253,92 @@ def test_other_settings_for_the_same_run_are_refused(runs):
     assert "seed: 0" in output
     assert "run.name=" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf"])
+def test_loss_that_is_not_finite_on_one_rank_stops_all_with_step_rate_and_clips(runs, poison):
+    name = f"diverged-{poison}"
+    processes = runs.start(name, KILL=f"{poison}:6", KILL_RANK="1")
+    codes, output = finish(processes, end_peers=False)
+    assert codes == [3, 3], output
+    assert "step 6, lr " in output
+    assert "Traceback" not in output
+    clips = json.loads((runs.folder / name / "diverged.json").read_text())["clips"]
+    assert sorted(clips) == sorted(record["key"] for record in runs.trace("undisturbed") if record["step"] == 6)
+    codes, output = runs.run(name)
+    assert codes == [0, 0], output
+    assert runs.weights(name) == runs.weights("undisturbed")
+
+
+def test_shards_that_break_in_mid_run_stop_all_ranks_saved_and_the_run_continues_once_mended(runs, tmp_path):
+    shards = shutil.copytree(runs.train, tmp_path / "shards")
+    where = f"data.shards={shards}"
+    processes = runs.start("broken", where, "data.num_workers=0", KILL="truncate:3", KILL_RANK="1")
+    codes, output = finish(processes, end_peers=False)
+    assert codes == [2, 2], output
+    assert "its index says" in output
+    assert "Traceback" not in output
+    shutil.rmtree(shards)
+    shutil.copytree(runs.train, shards)
+    codes, output = runs.run("broken", where)
+    assert codes == [0, 0], output
+    assert "continued from" in output
+    assert runs.trace("broken") == runs.trace("undisturbed")
+    assert runs.weights("broken") == runs.weights("undisturbed")
+
+
+def spoil(shards: Path, keys: list[str]) -> None:
+    """Overwrite the FLAC data of members in place, and give the tars digests of their own in the index."""
+    index = load_index(str(shards))
+    for shard in index.shards:
+        table = members(shard)
+        with shard.path.open("r+b") as file:
+            for row in table[np.isin(table["key"], [key.encode() for key in keys])]:
+                file.seek(row["offset"])
+                file.write(b"\0" * int(row["size"]))
+
+
+def test_bad_clips_are_filled_and_counted_and_too_many_stop_the_run(runs, tmp_path):
+    shards = shutil.copytree(runs.train, tmp_path / "shards")
+    expected = runs.trace("undisturbed")
+    bad = [expected[0]["key"], expected[20]["key"]]
+    spoil(shards, bad)
+    where = f"data.shards={shards}"
+    codes, output = runs.run("bad", where, "data.max_bad_fraction=0.02", ranks=1)
+    assert codes == [0], output
+    assert all(key in output for key in bad)
+    served = runs.trace("bad")
+    filled = [mine for mine, theirs in zip(served, expected, strict=True) if mine != theirs]
+    slots = [(record["step"], record["block"], record["slot"]) for record in expected if record["key"] in bad]
+    assert [(record["step"], record["block"], record["slot"]) for record in filled] == slots
+    assert all(record["crop"] >= 1 and record["key"] not in bad for record in filled)
+    assert runs.metrics("bad")[-2]["bad_clips"] == len(slots)
+
+    codes, output = runs.run("too-bad", where, "data.max_bad_fraction=0.001", ranks=1)
+    assert codes == [2], output
+    assert "data.max_bad_fraction = 0.001: 1 of 192 samples could not be read by step 1" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_whole(runs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)], check=True)
+    try:
+        codes, output = runs.run("full", f"run.dir={disk}", "checkpoint.every=2", "checkpoint.keep=9", ranks=1)
+        assert codes == [2], output
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        left = sorted(path.name for path in (disk / "full" / "checkpoints").iterdir())
+        assert left
+        assert all(is_complete(disk / "full" / "checkpoints" / name) for name in left)
+        shutil.rmtree(disk / "full" / "checkpoints" / left[0])
+        shutil.rmtree(disk / "full" / "tensorboard")
+        codes, output = runs.run("full", f"run.dir={disk}", "checkpoint.every=50", "checkpoint.keep=1", ranks=1)
+        assert "continued from" in output
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def launch(runs: Runs, name: str, *settings: str) -> subprocess.Popen:

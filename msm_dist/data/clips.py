@@ -19,9 +19,10 @@ from typing import Any, BinaryIO, NamedTuple
 from msm_dist.config import Features
 from msm_dist.data import audioset
 from msm_dist.data.audio import BadClip, decode_span, num_target_samples, probe
-from msm_dist.data.index import REPORT_NAME, write_atomically
+from msm_dist.data.index import REPORT_NAME
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
+from msm_dist.files import write_atomically
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
 MIN_TAIL_SECONDS = 1.0

@@ -12,7 +12,6 @@ from strangers: everything in them is checked. Fails with DataError, which names
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from msm_dist.errors import DataError
+from msm_dist.files import write_atomically
 
 INDEX_NAME = "index.json"
 REPORT_NAME = "report.json"
@@ -186,16 +186,6 @@ def write_members(path: Path, table: np.ndarray) -> str:
     np.lib.format.write_array(file, table, version=(1, 0), allow_pickle=False)
     write_atomically(path, file.getvalue())
     return hashlib.sha256(file.getvalue()).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it: readers see all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -125,37 +125,32 @@ def make_plan(
 ) -> Plan:
     """The plan of a corpus with `shard_clips` clips in each shard; lanes None: as many as the corpus allows.
 
-    Raises DataError on an empty corpus, ConfigError on lanes or a block too large for it.
+    Raises DataError on an empty corpus, ConfigError on too many lanes for it, or too large a block.
     """
     ends = np.cumsum(np.asarray(shard_clips, np.int64))
     num_clips = int(ends[-1]) if len(ends) else 0
     if num_clips == 0:
         raise DataError("data.shards: the index lists 0 clips; pack audio with `msm-dist data pack SRC OUT`")
-    block_clips, most = block // crops_per_clip, max(1, num_clips // MIN_LANE_CLIPS)
-    default = default_lanes(num_clips, block_clips)
+    most, default = max(1, num_clips // MIN_LANE_CLIPS), default_lanes(num_clips)
     if lanes is not None and lanes > most:
         raise ConfigError(
             f"data.lanes = {lanes}: the corpus has {num_clips} clips and a lane given here needs "
             f"{MIN_LANE_CLIPS} of them; choose at most {most}, or leave it out to get {default}"
         )
-    lanes = lanes or default
-    lane_clips, largest = num_clips // lanes, 2**CROP_BITS // (2 * FILL_REACH + 2)
-    if block_clips > lane_clips or block > largest:
-        raise ConfigError(
-            f"data.block = {block}: its {block_clips} clips must not exceed the {lane_clips} clips of a lane "
-            f"({num_clips} clips in {lanes} lanes), nor its crops {largest}; choose a smaller data.block"
-        )
-    return Plan(ends, seed, lanes, block, shuffle_window, crops_per_clip)
+    largest = 2**CROP_BITS // (2 * FILL_REACH + 2)
+    if block > largest:
+        raise ConfigError(f"data.block = {block}: must not exceed {largest}; choose a smaller one, 8 is usual")
+    return Plan(ends, seed, lanes or default, block, shuffle_window, crops_per_clip)
 
 
-def default_lanes(num_clips: int, block_clips: int) -> int:
-    """Lanes that a corpus gets: the largest of 240, 480, 960, ... that leaves each 64 clips and a block.
+def default_lanes(num_clips: int) -> int:
+    """Lanes that a corpus gets: the largest of 240, 480, 960, ... that leaves each 64 clips.
 
-    Below 15,360 clips the choice is 1, 2, 4, ... 128; up to 8 lanes may be shorter, down to 8 clips and a
-    block, so that a few processes can share a small corpus.
+    Below 15,360 clips the choice is 1, 2, 4, ... 128. Up to 8 lanes may be as short as 8 clips, and two as short
+    as one, so that a few processes can share a small corpus.
     """
-    short = min(8, num_clips // max(8, block_clips))
-    most = max(1, short, num_clips // max(MIN_LANE_CLIPS, block_clips))
+    short = min(8, max(num_clips // 8, 2), num_clips)
+    most = max(short, num_clips // MIN_LANE_CLIPS)
     unit = 240 if most >= 240 else 1
     return unit << (most // unit).bit_length() - 1
 

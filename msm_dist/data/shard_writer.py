@@ -20,8 +20,9 @@ import soundfile
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode_span, to_int16
 from msm_dist.data.clips import Clip, LeftOut
-from msm_dist.data.index import UNFINISHED_NAME, file_sha256, member_table, write_atomically, write_members
+from msm_dist.data.index import UNFINISHED_NAME, file_sha256, member_table, write_members
 from msm_dist.data.stats import LogMelMeter
+from msm_dist.files import write_atomically
 
 
 @dataclass(frozen=True)

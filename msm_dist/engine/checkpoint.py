@@ -12,7 +12,6 @@ torn one is skipped. A failure to write raises CheckpointError on all ranks and 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch import nn
 
 from msm_dist.engine.world import World
 from msm_dist.errors import CheckpointError
+from msm_dist.files import sync_folder, write_durably
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -258,11 +258,11 @@ def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
     _write_durably(partial / "meta.json", text)
     _write_durably(partial / COMPLETE, hashlib.sha256(text).hexdigest().encode())
     try:
-        _sync_folder(partial)
+        sync_folder(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         raise _cannot_write(folder, error) from None
 
@@ -285,20 +285,9 @@ def _verify_file(path: Path, entry: dict[str, Any]) -> None:
 
 def _write_durably(path: Path, data: bytes) -> None:
     try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(path, data)
     except OSError as error:
         raise _cannot_write(path, error) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> CheckpointError:

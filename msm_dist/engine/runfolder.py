@@ -24,6 +24,7 @@ import yaml
 
 from msm_dist.config import Config, dump_config, flat_items
 from msm_dist.errors import ConfigError
+from msm_dist.files import write_atomically
 
 HEARTBEAT_SECONDS = 15.0
 DEAD_AFTER_SECONDS = 120.0
@@ -119,17 +120,6 @@ def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
                 f"{path}: this run began with {name} = {recorded.get(name)}, the corpus now gives {plan.get(name)}; "
                 "restore the corpus it began with, or start a new run with run.name=NAME"
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by one with this text, or leave it as it was."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def _acquire(path: Path, wait_seconds: float) -> None:

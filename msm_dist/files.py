@@ -1,0 +1,28 @@
+"""Files that are there whole or not at all, also after a kill or a power cut."""
+
+import os
+from pathlib import Path
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace a file by one with this content: readers see all of the old or all of the new. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_durably(temporary, content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -62,11 +62,11 @@ data/embedded/.complete: | ready
 data/quickstart/%/index.json: data/embedded/.complete | ready
 	$(PY) -m msm_dist data pack data/embedded/$* data/quickstart/$*
 
-# configs/quickstart.yaml has a global batch of 64: spread over the largest power of two of processes up to 8.
+# configs/quickstart.yaml has a global batch of 32: spread over the largest power of two of processes up to 8.
 pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.json ## pre-train on the embedded corpus
 	@gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
 	case $$gpus in 0) processes=2 ;; 1) processes=1 ;; 2|3) processes=2 ;; [4-7]) processes=4 ;; *) processes=8 ;; esac; \
-	micro_batch=$$(( processes > 2 ? 64 / processes : 32 )); \
+	micro_batch=$$(( processes > 2 ? 32 / processes : 16 )); \
 	port=$$($(PY) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
 	set -x; $(DEEPSPEED) --num_accelerators $$processes --master_port $$port \
 	  --module msm_dist.pretrain configs/quickstart.yaml train.micro_batch=$$micro_batch

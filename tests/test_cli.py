@@ -41,7 +41,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(tmp_path, arguments, says):
 def test_missing_argument_shows_the_usage():
     done = msm_dist("plan")
     assert done.returncode == 2
-    assert "CONFIG" in done.stderr
+    assert "Missing argument 'config'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

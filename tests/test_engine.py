@@ -87,6 +87,22 @@ def test_own_deepspeed_file_may_not_contradict_the_run(tmp_path, content, says):
         deepspeed_config(cfg, batch_layout(cfg, 1))
 
 
+class FailingEngine:
+    """As much of an engine as a dry run meets before the forward pass fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def gradient_accumulation_steps(self):
+        return 1
+
+    def backward(self, loss):
+        raise AssertionError("not reached")
+
+    def __call__(self, *arguments, **named):
+        raise self.error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -96,27 +112,13 @@ def test_own_deepspeed_file_may_not_contradict_the_run(tmp_path, content, says):
     ],
 )
 def test_step_that_does_not_fit_the_memory_says_which_setting_to_lower(error):
-    class Full:
-        def gradient_accumulation_steps(self):
-            return 1
-
-        def __call__(self, *arguments, **named):
-            raise error
-
     with pytest.raises(ConfigError, match="train.micro_batch = 4: .*lower train.micro_batch"):
-        dry_run(Full(), torch.zeros(4, 1), torch.zeros(4, 3))
+        dry_run(FailingEngine(error), torch.zeros(4, 1), torch.zeros(4, 3))
 
 
 def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory():
-    class Broken:
-        def gradient_accumulation_steps(self):
-            return 1
-
-        def __call__(self, *arguments, **named):
-            raise RuntimeError("shapes do not match")
-
     with pytest.raises(RuntimeError, match="shapes"):
-        dry_run(Broken(), torch.zeros(4, 1), torch.zeros(4, 3))
+        dry_run(FailingEngine(RuntimeError("shapes do not match")), torch.zeros(4, 1), torch.zeros(4, 3))
 
 
 @pytest.fixture(scope="module")

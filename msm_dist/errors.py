@@ -35,6 +35,12 @@ class Diverged(MsmError):
     exit_code = 3
 
 
+class PeerLost(MsmError):
+    """Another process of the run ended or stopped answering; what went wrong is in that one's output."""
+
+    exit_code = 1
+
+
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 

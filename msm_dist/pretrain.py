@@ -25,7 +25,7 @@ from msm_dist.data.stream import Batch, make_loader, trace_records
 from msm_dist.engine import checkpoint, preempt
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked
-from msm_dist.engine.world import World, join_world, leave_world
+from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, dry_run, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
@@ -66,6 +66,7 @@ def pretrain(cfg: Config) -> int:
     world = join_world(cfg.engine.timeout_minutes)
     interruption = preempt.Interruption(world.control)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(noticing_lost_peers(world.rank))
         stack.callback(leave_world)
         has_launcher = world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
         stack.enter_context(preempt.listening(interruption, has_launcher))

@@ -198,6 +198,13 @@ def test_run_killed_at_many_points_equals_one_never_killed(runs):
     assert runs.weights("killed") == runs.weights("undisturbed")
 
 
+def test_rank_that_is_killed_is_missed_at_once_by_the_others(runs):
+    codes, output = finish(runs.start("left", KILL="step:3", KILL_RANK="1"), end_peers=False)
+    assert codes == [1, -signal.SIGKILL], output
+    assert "rank 0: another process of the run ended" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
 def test_signal_to_one_rank_stops_all_after_a_save_and_the_run_continues(runs, sent, code):
     name = f"signal-{sent.name}"

@@ -4,9 +4,10 @@ In: the environment of the deepspeed launcher, torchrun or srun, or none of them
 Out: a `World`. Agreement travels over a gloo group of its own, so that it never waits for the device.
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,9 +16,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from msm_dist.errors import ConfigError, MsmError
+from msm_dist.errors import ConfigError, MsmError, PeerLost
 
 T = TypeVar("T")
+
+# How gloo's plain RuntimeErrors say it; NCCL's are DistErrors.
+SIGNS_OF_A_LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,21 @@ def join_world(timeout_minutes: float) -> World:
     deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, local_size, device, control)
+
+
+@contextlib.contextmanager
+def noticing_lost_peers(rank: int) -> Iterator[None]:
+    """Turn the error of a collective that another process has left into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not isinstance(error, dist.DistError) and not any(sign in said for sign in SIGNS_OF_A_LOST_PEER):
+            raise
+        raise PeerLost(
+            f"rank {rank}: another process of the run ended or stopped answering ({said.splitlines()[0][:200]}); its "
+            "own last message says why. The same command continues from the newest checkpoint"
+        ) from None
 
 
 def leave_world() -> None:

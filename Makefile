@@ -69,7 +69,8 @@ pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.jso
 	micro_batch=$$(( processes > 2 ? 32 / processes : 16 )); \
 	port=$$($(PY) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
 	set -x; $(DEEPSPEED) --num_accelerators $$processes --master_port $$port \
-	  --module msm_dist.pretrain configs/quickstart.yaml train.micro_batch=$$micro_batch
+	  --module msm_dist.pretrain configs/quickstart.yaml data.valid_shards=data/quickstart/valid \
+	  train.micro_batch=$$micro_batch
 
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)

@@ -432,6 +432,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed calls collectives by names that torch renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # The share of time spent waiting for data tells whether there are too many workers, or too few.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     # The deepspeed launcher adds --local_rank=N; the environment says the same.
     words = [word for word in arguments if not word.startswith("--local_rank")]
 

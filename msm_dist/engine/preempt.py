@@ -33,6 +33,7 @@ class Interruption:
     def __init__(self, control: dist.ProcessGroup) -> None:
         self.heard = NONE
         self.signal = 0
+        self.stopping = False
         self._control = control
         self._agreed = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
@@ -48,6 +49,7 @@ class Interruption:
         if self._work is not None:
             self._work.wait()
             reason = int(self._agreed)
+            self.stopping = self.stopping or reason != NONE
         self._agreed = torch.tensor([self.heard])
         self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._control, async_op=True)
         return reason
@@ -77,7 +79,9 @@ def listening(interruption: Interruption, has_launcher: bool) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Ranks that stop together don't exit at once: srun and the launcher send TERM to the last ones, whose exit
+            # code must be that of the first.
+            signal.signal(number, signal.SIG_IGN if interruption.stopping else handler)
 
 
 def watch_launcher() -> None:

@@ -33,6 +33,7 @@ SETTINGS = [
     "train.trace=true",
     "checkpoint.every=4",
     "checkpoint.keep=2",
+    "data.num_workers=1",
     "data.block=4",
     "data.crop_frames=96",
     "data.shuffle_window=16",
@@ -359,6 +360,21 @@ def launch(runs: Runs, name: str, *settings: str) -> subprocess.Popen:
         text=True,
         cwd=HERE.parent,
     )
+
+
+def test_torchrun_starts_the_same_run(runs):
+    door = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [*door, "-m", "msm_dist.pretrain", *runs.command("torchrun")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert runs.trace("torchrun") == runs.trace("undisturbed")
+    assert runs.weights("torchrun") == runs.weights("undisturbed")
 
 
 def test_killed_launcher_leaves_no_orphans_and_the_same_command_continues(runs):

@@ -170,8 +170,8 @@ def _free_port() -> int:
 
 
 def _leave_out_shared_memory_collectives() -> None:
-    """Keep DeepSpeed's own all-reduce for CPUs out: its ranks wait in a busy loop for one that has died.
+    """Keep DeepSpeed from building its own all-reduce for CPUs at the start of several processes.
 
-    gloo notices a dead peer at once, so that a killed rank ends the run instead of hanging it.
+    Only tensor-parallel inference calls it; it would need a C++ compiler and 66 MB of /dev/shm per rank.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -70,12 +70,14 @@ pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.jso
 	port=$$($(PY) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
 	set -x; $(DEEPSPEED) --num_accelerators $$processes --master_port $$port \
 	  --module msm_dist.pretrain configs/quickstart.yaml data.valid_shards=data/quickstart/valid \
-	  train.micro_batch=$$micro_batch
+	  train.micro_batch=$$micro_batch; \
+	{ set +x; } 2>/dev/null; test -f runs/quickstart/export/model.safetensors || \
+	  { echo "make pretrain: the run stopped before its end; make pretrain again continues it"; exit 1; }
 
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 
-test-gpu: NEEDS := torch numpy triton pytest pytest-timeout hypothesis
+test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml deepspeed safetensors pytest pytest-timeout hypothesis
 test-gpu: ready ## run the tests that need a GPU; says so where there is none
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(PY) -m pytest -m gpu $(PYTEST_ARGS); \

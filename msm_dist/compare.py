@@ -87,6 +87,11 @@ def read_record(folder: Path) -> Record:
     if not train:
         raise DataError(f"{folder / 'metrics.jsonl'}: no training loss in it; let the run log a step first")
     valid = {line["step"]: line for line in lines if "valid_loss" in line}
+    for line in (*train.values(), *valid.values()):
+        if not all(isinstance(value, int | float) for value in line.values()):
+            raise DataError(
+                f"{folder / 'metrics.jsonl'}: step {line['step']} holds something that is no number; restore it"
+            )
     path = folder / "environment.json"
     try:
         environment = flat_items(json.loads(path.read_text(encoding="utf-8")))

@@ -9,8 +9,9 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from msm_dist.errors import ConfigError
 
 REPORTED_AT_ONCE = 40
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Geometry(NamedTuple):
@@ -40,7 +42,7 @@ MODEL_SIZES = {
 }
 
 
-class Run(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Run(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """Where a run lives. The folder dir/name is the run's identity: the same command again continues it."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -48,12 +50,18 @@ class Run(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True)
     dir: str = "runs"
     """Folder that holds the run folders."""
 
+    @field_validator("name", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        # YAML reads `name: 2024` as a number.
+        return str(value) if isinstance(value, int | float | date) else value
+
     @property
     def folder(self) -> Path:
         return Path(self.dir) / self.name
 
 
-class Data(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The corpus, the order in which it is served and how a clip is cut."""
 
     shards: str | list[str] = "data/audioset"
@@ -80,7 +88,7 @@ class Data(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True
     """What of each shard is compared with the index at the start: its size, or its sha256 (reads all of it)."""
 
 
-class Features(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Features(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The log-mel front end (RECIPE of the method: 16 kHz, 25 ms window, 10 ms hop, 80 Slaney mels)."""
 
     sample_rate: int = Field(16000, ge=1)
@@ -99,7 +107,7 @@ class Features(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=
     """Highest frequency in Hz."""
     mean: float | None = None
     """Mean of the corpus' log-mel; none: from the index."""
-    std: float | None = Field(None, gt=0)
+    std: float | None = Field(None, ge=1e-3)
     """Standard deviation of the corpus' log-mel; none: from the index."""
 
     def num_frames(self, num_samples: int) -> int:
@@ -115,7 +123,7 @@ class Features(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=
         return self.model_dump(exclude={"mean", "std"})
 
 
-class Model(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The masked autoencoder. Either `size`, or all of embed_dim, depth, num_heads; none of them is base."""
 
     size: Literal["tiny", "base", "large", "huge", "giant"] | None = None
@@ -169,7 +177,7 @@ class Model(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
         return Geometry(*(getattr(self, name) or default for name, default in base._asdict().items()))
 
 
-class Optim(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Optim(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """AdamW with linear warm-up and a half-cycle cosine to zero, per step."""
 
     base_lr: float | None = Field(None, gt=0)
@@ -180,7 +188,7 @@ class Optim(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     """Warm-up in steps."""
     warmup_epochs: float | None = Field(None, ge=0)
     """Warm-up in epochs."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; none on 1-D tensors and biases."""
@@ -188,7 +196,7 @@ class Optim(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     """Largest global gradient norm; none: no clipping."""
 
 
-class Train(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """Length, batch, precision and what is written when."""
 
     steps: int | None = Field(None, ge=1)
@@ -213,7 +221,7 @@ class Train(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     """Write a record per sample: the evidence of what was trained on."""
 
 
-class Checkpoint(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Checkpoint(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """When to save and what to keep."""
 
     every: int = Field(1000, ge=1)
@@ -224,18 +232,18 @@ class Checkpoint(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     """Also keep, for good, the checkpoints whose step is a multiple of this; 0: none."""
 
 
-class Engine(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Engine(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """DeepSpeed and the process group."""
 
     zero_stage: Literal[1] = 1
     """ZeRO stage; selects configs/deepspeed/zeroN.json."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file of your own instead; what this configuration decides may not be set in it."""
-    timeout_minutes: float = Field(30.0, gt=0)
+    timeout_minutes: float = Field(30.0, gt=0, le=100_000)
     """How long a collective may wait for a rank before the run ends."""
 
 
-class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Config(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """A whole run."""
 
     run: Run = Run()
@@ -308,6 +316,11 @@ def batch_layout(cfg: Config, world_size: int) -> BatchLayout:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=c` overrides and check everything. Raises ConfigError."""
     values = _read_yaml(Path(path), seen=())
+    # Of two values the later wins, but a brace pattern that the shell has taken apart means all its tars.
+    for name in ("data.shards", "data.valid_shards"):
+        tars = [text for text in overrides if text.startswith(f"{name}=") and text.endswith(".tar")]
+        if len(tars) > 1:
+            raise ConfigError(f"{name} is given {len(tars)} times; quote its pattern: '{name}=...{{0..9}}.tar'")
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, source=str(path))
@@ -395,7 +408,7 @@ def _conflicts(cfg: Config) -> Iterable[str]:
     yield from _exclusive(cfg.optim, "optim", "warmup_steps", "warmup_epochs")
     steps, warmup = cfg.train.steps, cfg.optim.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
-        yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}"
+        yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}; optim.warmup_steps=0 goes without"
     epochs, warmup_epochs = cfg.train.epochs, cfg.optim.warmup_epochs
     if epochs is not None and warmup_epochs is not None and warmup_epochs >= epochs:
         yield f"optim.warmup_epochs = {warmup_epochs}: must be below train.epochs = {epochs}"
@@ -456,6 +469,8 @@ def _describe(fault: Any) -> str:
             hint = f"known here: {', '.join(known)}"
         return f"{field}: unknown key; {hint}"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        message = "must be a section, with its settings below it"
     return f"{field} = {fault['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
@@ -496,7 +511,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -526,7 +541,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: an override is written section.key=value, such as train.steps=100")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
     *sections, key = name.split(".")
     for section in sections:

@@ -5,13 +5,13 @@ ConfigError when they don't fit the configuration.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from msm_dist.config import BatchLayout, Config, Features
 from msm_dist.data.index import Index, check_shards, load_index
 from msm_dist.data.plan import Plan, check_lanes, make_plan
-from msm_dist.errors import ConfigError
+from msm_dist.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Corpus:
 def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
     """Find the shards, check them against their index and lay out the order. Raises DataError, ConfigError."""
     index = load_index(cfg.data.shards)
-    missing = check_shards(index, cfg.data.verify, cfg.data.allow_missing_shards)
+    missing = check_shards(index, "size", cfg.data.allow_missing_shards)
+    if len(missing) == len(index.shards):
+        raise DataError(f"{index.root}: all {len(missing)} shards are missing; data.allow_missing_shards needs one")
     plan = make_plan(
         [shard.clips for shard in index.shards],
         cfg.seed,
@@ -49,6 +51,11 @@ def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
             "warm up for less"
         )
     return Corpus(index, plan, front_end_settings(cfg.features, index), frozenset(missing), total_steps, warmup)
+
+
+def check_digests(index: Index, rank: int, world_size: int) -> None:
+    """Compare this rank's share of the shards with their digests; reads all of them. Raises DataError."""
+    check_shards(replace(index, shards=index.shards[rank::world_size]), "digest", allow_missing=True)
 
 
 def front_end_settings(features: Features, index: Index) -> Features:

@@ -182,7 +182,7 @@ def check_torchaudio(fix: bool) -> Iterator[Finding]:
             path.unlink()
         again = _import_fault("torchaudio")
         outcome = "it runs as pure Python" if again is None else f"and still: {_last_line(again)}"
-        removed = f"removed {names}, built for another CUDA than this torch; {outcome}"
+        removed = f"removed {names}, linked against a CUDA that this torch does not have; {outcome}"
         yield Finding("torchaudio", "ok" if again is None else "fail", removed)
 
 

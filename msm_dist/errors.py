@@ -41,7 +41,10 @@ class PeerLost(MsmError):
     exit_code = 1
 
 
-STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+STORAGE_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 def reporting(action: Callable[[], int | None]) -> int:
@@ -55,6 +58,6 @@ def reporting(action: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
-        message = f"{error.filename or 'a file'}: {error.strerror}; make room or give access, then start again"
+        message = f"{error.filename or 'a file'}: {error.strerror}; mend that (room, access, name), then start again"
         print(f"msm-dist: {message}", file=sys.stderr, flush=True)
         return MsmError.exit_code

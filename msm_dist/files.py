@@ -15,8 +15,12 @@ def write_durably(path: Path, content: bytes) -> None:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file by one with this content: readers see all of the old or all of the new. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write_durably(temporary, content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        write_durably(temporary, content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -85,6 +85,12 @@ class Monitor:
             self._board.flush()
         return path
 
+    def sync(self) -> None:
+        """Flush metrics.jsonl to the disk, so that no checkpoint outlives the lines before it in a power cut."""
+        if self.writes:
+            with _reporting(self.folder / "metrics.jsonl"):
+                os.fsync(self._lines.fileno())
+
     def close(self) -> None:
         """Close the files; nothing may be recorded after it."""
         if self.writes:

@@ -4,10 +4,9 @@ In: a configuration file, overrides, a world size. Out: a table as text. Raises 
 run itself would; where the corpus is not there yet, the lines that need it say so instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
 
 from msm_dist.config import batch_layout, load_config
 from msm_dist.corpus import open_corpus
@@ -22,7 +21,9 @@ def describe(path: str, overrides: Sequence[str], world_size: int) -> str:
     layout = batch_layout(cfg, world_size)
     grid = PatchGrid(cfg.features.n_mels, cfg.data.crop_frames, cfg.model.patch)
     with torch.device("meta"):  # counted, not allocated
-        encoder, decoder = (_parameters(part(cfg.model, grid)) for part in (Encoder, Decoder))
+        encoder, decoder = Encoder(cfg.model, grid), Decoder(cfg.model, grid)
+    in_encoder, in_decoder = _numel(encoder.parameters()), _numel(decoder.parameters())
+    tables = _numel(encoder.buffers()) + _numel(decoder.buffers())
     lr_rule = f"optim.lr = {cfg.optim.lr}"
     if cfg.optim.lr is None:
         lr_rule = f"{cfg.optim.base_lr or 3e-4:g} per 256 clips x {cfg.train.global_batch} / 256"
@@ -34,7 +35,11 @@ def describe(path: str, overrides: Sequence[str], world_size: int) -> str:
             f"{layout.accumulation} accumulated",
         ),
         ("blocks", f"{layout.blocks_per_step} of {cfg.data.block} crops a step"),
-        ("parameters", f"{(encoder + decoder) / 1e6:.2f} M, of them {encoder / 1e6:.2f} M in the encoder"),
+        (
+            "parameters",
+            f"{(in_encoder + in_decoder) / 1e6:.2f} M, of them {in_encoder / 1e6:.2f} M in the encoder "
+            f"({(in_encoder + in_decoder + tables) / 1e6:.2f} M with the fixed position tables)",
+        ),
         (
             "patches",
             f"{cfg.num_patches} of {cfg.model.patch_size} ({cfg.features.n_mels} x {cfg.data.crop_frames} frames), "
@@ -58,5 +63,5 @@ def describe(path: str, overrides: Sequence[str], world_size: int) -> str:
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _numel(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

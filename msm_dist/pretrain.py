@@ -8,7 +8,6 @@ In: a Config. Out: a run folder with metrics, checkpoints and, at the end, the e
 import contextlib
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ import torch
 
 from msm_dist import monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
-from msm_dist.corpus import Corpus, open_corpus, plan_identity
+from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
 from msm_dist.data.stream import Batch, make_loader, trace_records
 from msm_dist.engine import checkpoint, preempt
 from msm_dist.engine.optim import lr_at
-from msm_dist.engine.runfolder import compare_config, compare_plan, locked
+from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
-from msm_dist.engine.zero import build_engine, dry_run, set_lr
+from msm_dist.engine.zero import build_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.features import LogMel, normalize
@@ -58,7 +57,9 @@ class Training:
     step: int
     """Updates done."""
     bad_samples: int
-    """Samples filled on this rank because their clip could not be read; rank 0 carries on the earlier starts'."""
+    """Samples filled on this rank for clips that could not be decoded; rank 0 carries on the earlier starts' count."""
+    missing_samples: int
+    """Samples filled for clips of missing shards, likewise."""
 
 
 def pretrain(cfg: Config) -> int:
@@ -68,8 +69,7 @@ def pretrain(cfg: Config) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(noticing_lost_peers(world.rank))
         stack.callback(leave_world)
-        has_launcher = world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-        stack.enter_context(preempt.listening(interruption, has_launcher))
+        stack.enter_context(preempt.listening(interruption, world.has_launcher))
         layout = batch_layout(cfg, world.size)
         corpus = world.on_main(lambda: open_corpus(cfg, layout))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
@@ -103,6 +103,7 @@ def train(run: Training) -> int:
                 engine.step()
                 loss += output.loss.detach() / len(batches)
                 run.bad_samples += batch.num_bad
+                run.missing_samples += batch.num_missing
                 trace(run.step + 1, batch, output)
             run.step += 1
             stop_if_skipped(run, lr, batches)
@@ -118,6 +119,8 @@ def train(run: Training) -> int:
                     draw(run)
                 if last or run.step % cfg.checkpoint.every == 0:
                     save(run)
+            if last or run.step % cfg.train.log_every == 0:
+                stop_if_too_much_is_bad(run)
     if reason:
         save(run)
         tell(run.world, f"stopped and saved at step {run.step} of {total_steps}; the same command continues")
@@ -157,7 +160,7 @@ def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
 def log_training(run: Training, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
     """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
     cfg, world = run.cfg, run.world
-    loss_sum, bad_samples = world.sum([loss.item(), run.bad_samples])
+    loss_sum, bad_samples, missing_samples = world.sum([loss.item(), run.bad_samples, run.missing_samples])
     clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
     rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
     flops = monitor.flops_per_clip(
@@ -176,19 +179,27 @@ def log_training(run: Training, loss: torch.Tensor, lr: float, watch: monitor.St
         "mfu": flops * rates["clips_per_second"] / (world.size * run.matrix_rate),
         "device_memory_gib": monitor.device_memory_gib(world.device),
         "bad_clips": bad_samples / cfg.data.crops_per_clip,
+        "missing_clips": missing_samples / cfg.data.crops_per_clip,
     }
     run.monitor.train(run.step, values)
-    # Of at least an epoch, so that one bad clip in the first batch is no large share.
-    served = max(run.step * cfg.train.global_batch, run.corpus.plan.clips_per_epoch * cfg.data.crops_per_clip)
-    if bad_samples > cfg.data.max_bad_fraction * served:
-        save(run)
-        error = DataError(
-            f"data.max_bad_fraction = {cfg.data.max_bad_fraction}: {bad_samples:.0f} of {served} samples could not be "
-            f"read by step {run.step} (the log names the clips); check the corpus with `msm-dist data verify "
-            "--decode`, or raise the limit; the run is saved and continues with the same command"
-        )
-        error.on_all_ranks = True
-        raise error
+
+
+def stop_if_too_much_is_bad(run: Training) -> None:
+    """Raise DataError on all ranks, saved, past data.max_bad_fraction of what was served, or of an epoch at least."""
+    cfg = run.cfg
+    bad_samples = run.world.sum([run.bad_samples])[0]
+    served = run.step * cfg.train.global_batch
+    epoch = run.corpus.plan.clips_per_epoch * cfg.data.crops_per_clip
+    if bad_samples <= cfg.data.max_bad_fraction * max(served, epoch):
+        return
+    save(run)
+    error = DataError(
+        f"data.max_bad_fraction = {cfg.data.max_bad_fraction}: {bad_samples:.0f} of {served} samples by step "
+        f"{run.step} could not be decoded (an epoch has {epoch}); the log names the clips. Check with `msm-dist data "
+        "verify --decode`, or raise the limit; the run is saved and continues with the same command"
+    )
+    error.on_all_ranks = True
+    raise error
 
 
 def validate(run: Training) -> None:
@@ -220,15 +231,17 @@ def evaluating(run: Training) -> Iterator[Forward]:
 
 def save(run: Training) -> None:
     """Write a checkpoint and delete those that need not be kept. A collective."""
-    bad_samples = run.world.sum([run.bad_samples])[0]
+    bad_samples, missing_samples = run.world.sum([run.bad_samples, run.missing_samples])
     extra = {
         "cursor": run.step * run.layout.blocks_per_step,
         "bad_samples": int(bad_samples),
+        "missing_samples": int(missing_samples),
         "mean": run.corpus.features.mean,
         "std": run.corpus.features.std,
         "loss_scale": None,
     }
     root = run.cfg.run.folder / "checkpoints"
+    run.monitor.sync()
     checkpoint.save(run.engine, root, run.step, extra, run.world)
     if run.world.is_main:
         checkpoint.rotate(root, run.cfg.checkpoint.keep, run.cfg.checkpoint.keep_every)
@@ -256,7 +269,8 @@ def finish(run: Training) -> None:
         references = {name: value for name, value in latest.items() if name.startswith("reference_")}
         for name, value in references.items():
             lines.append(f"    {name:<23} {value:.4f}  (the loss is {latest['valid_loss'] / value:.2f} of it)")
-    lines.append(f"  speed            {latest['clips_per_second']:.1f} clips/s")
+    if "clips_per_second" in latest:
+        lines.append(f"  speed            {latest['clips_per_second']:.1f} clips/s")
     pictures = sorted((folder / "pictures").glob("*.png"))
     places = {
         "weights": exported,
@@ -272,17 +286,20 @@ def build(
     cfg: Config, world: World, layout: BatchLayout, corpus: Corpus, interruption: preempt.Interruption
 ) -> Training:
     """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
-    folder = cfg.run.folder
+    folder, identity = cfg.run.folder, plan_identity(corpus)
     world.on_main(lambda: compare_config(folder, cfg))
-    world.on_main(lambda: compare_plan(folder, plan_identity(corpus)))
-    world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
-    saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps))
+    world.on_main(lambda: compare_plan(folder, identity))
+    saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps, layout))
+    if cfg.data.verify == "digest":
+        world.together(lambda: check_digests(corpus.index, world.rank, world.size), DataError)
     model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, cfg.data.crop_frames, cfg.seed)
     initial = {name: value.detach().clone() for name, value in model.named_parameters()}
-    engine = build_engine(model, cfg, layout, world.device)
     shape = (cfg.train.micro_batch, 1, cfg.features.n_mels, cfg.data.crop_frames)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(world.device)
-    dry_run(engine, noise, torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64, device=world.device))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sample_ids = torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64)
+    with fitting_memory(world.device, cfg.train.micro_batch):
+        engine = build_engine(model, cfg, layout, world.device)
+        dry_run(engine, noise.to(world.device), sample_ids.to(world.device))
     if saved:
         checkpoint.load(engine, saved, world)
     else:
@@ -292,7 +309,9 @@ def build(
     precision = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     rate = monitor.matrix_rate(world.device, precision)
     validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
-    record = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
+    metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
+    world.on_main(lambda: record_start(folder, cfg, identity))
+    world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     announce(cfg, world, corpus, model, saved)
     return Training(
         cfg,
@@ -302,17 +321,28 @@ def build(
         engine,
         front_end,
         validation,
-        record,
+        metrics,
         interruption,
         rate,
         step,
         saved.meta["bad_samples"] if saved and world.is_main else 0,
+        saved.meta["missing_samples"] if saved and world.is_main else 0,
     )
 
 
-def newest_checkpoint(root: Path, total_steps: int) -> checkpoint.Saved | None:
+def newest_checkpoint(root: Path, total_steps: int, layout: BatchLayout) -> checkpoint.Saved | None:
     """Where the run goes on. Raises ConfigError when that is past its end."""
     saved = checkpoint.newest_complete(root)
+    if saved is None and (torn := [path.name for path in root.glob("step-*") if path.suffix != checkpoint.PARTIAL]):
+        raise CheckpointError(
+            f"{root}: holds {', '.join(sorted(torn))}, but no whole checkpoint; bring one back, or remove the folder "
+            "to start the run from step 0"
+        )
+    if saved and saved.meta["cursor"] != saved.step * layout.blocks_per_step:
+        raise CheckpointError(
+            f"{saved.folder}: its cursor {saved.meta['cursor']} is not that of step {saved.step} with "
+            f"{layout.blocks_per_step} blocks a step; remove it to go on from the one before"
+        )
     if saved and saved.step > total_steps:
         raise ConfigError(
             f"train.steps: the run is {total_steps} steps long, its checkpoint {saved.folder} is at step {saved.step}; "
@@ -384,19 +414,21 @@ def tracing(run: Training) -> Iterator[Callable[[int, Batch, Output], None]]:
         yield lambda step, batch, output: None
         return
     folder = run.cfg.run.folder / "trace"
-    if run.world.is_main:
+
+    def start() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("rank-*.jsonl"):
             monitor.truncate_jsonl(path, run.step)
-    run.world.barrier()
 
-    def record(step: int, batch: Batch, output: Output) -> None:
+    run.world.on_main(start)
+
+    def write(step: int, batch: Batch, output: Output) -> None:
         for line in trace_records(batch, step, output.masking.ids_keep.cpu().numpy()):
             file.write(json.dumps(line) + "\n")
         file.flush()
 
     with (folder / f"rank-{run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
-        yield record
+        yield write
 
 
 def announce(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msm_dist.config import Config, Features
-from msm_dist.corpus import Corpus
+from msm_dist.corpus import Corpus, check_digests
 from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.index import check_shards, load_index
 from msm_dist.data.plan import make_plan
@@ -74,8 +74,13 @@ class Validation:
                 f"{corpus.index.root}: its index has no mean per mel band, which validation compares with; "
                 f"run `msm-dist data stats {corpus.index.root}`"
             )
-        index = load_index(cfg.data.valid_shards)
-        missing = check_shards(index, cfg.data.verify, cfg.data.allow_missing_shards)
+        try:
+            index = load_index(cfg.data.valid_shards)
+            missing = check_shards(index, "size", cfg.data.allow_missing_shards)
+            if cfg.data.verify == "digest":
+                check_digests(index, world.rank, world.size)
+        except DataError as error:
+            raise DataError(f"data.valid_shards = {cfg.data.valid_shards}: {error}") from None
         clips = [shard.clips for shard in index.shards]
         plan = make_plan(clips, cfg.seed, lanes=1, block=1, shuffle_window=1, crops_per_clip=1)
         source = Source(plan, index, corpus.features, cfg.data.crop_frames, frozenset(missing))

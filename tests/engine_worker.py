@@ -68,11 +68,12 @@ def case(world, folder, precision, clip, accumulation):
         for step in range(start, stop):
             zero.set_lr(engine, lr_at(step, cfg.peak_lr, WARMUP, STEPS))
             for micro in range(layout.accumulation):
-                engine.backward(engine(data[step, micro, world.rank]).loss)
+                engine.backward(engine(data[step, micro, world.rank].to(world.device)).loss)
                 engine.step()
 
+    noise = torch.randn(MICRO, 24, generator=torch.Generator().manual_seed(2))
     rng = torch.get_rng_state()
-    zero.dry_run(engine, torch.randn(MICRO, 24, generator=torch.Generator().manual_seed(2)), torch.zeros(1))
+    zero.dry_run(engine, noise.to(world.device), torch.zeros(1))
     checkpoint.reset(engine, initial)
     result = {
         "rng_untouched": torch.equal(rng, torch.get_rng_state()),
@@ -92,10 +93,11 @@ def case(world, folder, precision, clip, accumulation):
     result["files"] = sorted(path.name for path in saved.folder.iterdir())
     reference = plain(initial, data, cfg, precision, clip)
     result["error"] = max(((trained[name] - value).norm() / value.norm()).item() for name, value in reference.items())
-    engine.backward(engine(torch.full((MICRO, 24), float("nan") if world.rank == 0 else 1.0)).loss)
+    poison = torch.full((MICRO, 24), float("nan") if world.rank == 0 else 1.0, device=world.device)
+    engine.backward(engine(poison).loss)
     engine.step()
     for _ in range(layout.accumulation - 1):
-        engine.backward(engine(data[0, 0, world.rank]).loss)
+        engine.backward(engine(data[0, 0, world.rank].to(world.device)).loss)
         engine.step()
     after = dict(checkpoint.full_weights(engine))
     result["skipped"] = engine.skipped_steps

@@ -170,6 +170,17 @@ def test_the_newest_and_every_nth_are_kept(tmp_path, saving):
     assert sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()) == [4, 8, 9, 10]
 
 
+def test_torn_and_foreign_folders_never_count_as_kept_ones(tmp_path, saving):
+    saving(tmp_path, 10)
+    truncate(saving(tmp_path, 20))
+    (tmp_path / "step-00000030.partial").mkdir()
+    (tmp_path / "step-old").mkdir()
+    saving(tmp_path, 12)
+    checkpoint.rotate(tmp_path, keep=1, keep_every=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000012", "step-old"]
+    assert checkpoint.newest_complete(tmp_path).step == 12
+
+
 def test_format_of_the_future_is_refused(tmp_path, saving):
     folder = saving(tmp_path, 5)
     meta = json.loads((folder / "meta.json").read_text()) | {"format": 99}

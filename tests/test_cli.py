@@ -52,6 +52,7 @@ def test_plan_shows_layout_parameters_rate_and_length(tmp_path):
     for expected in (
         "512 crops = 2 processes x micro-batch 64 x 4 accumulated",
         "92.74 M",
+        "92.81 M with the fixed position tables",
         "65 of 16x16",
         "16 visible",
         "0.0006",

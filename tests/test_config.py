@@ -75,6 +75,11 @@ def test_visible_patches_are_rounded_down(frames, ratio, keep):
         ({"features": {"mean": -7.1}}, "go together"),
         ({"engine": {"zero_stage": 1, "deepspeed": "x.json"}}, "give one of them"),
         ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
+        ({"optim": {"betas": [0.9, 1.5]}}, "optim.betas.1 = 1.5: input should be less than 1"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr = inf: input should be a finite number"),
+        ({"features": {"mean": 0, "std": 1e-300}}, "features.std = 1e-300"),
+        ({"engine": {"timeout_minutes": 1e308}}, "engine.timeout_minutes"),
+        ({"data": 5}, "data = 5: must be a section, with its settings below it"),
         ({"train": {"steps": 0}}, "train.steps = 0: input should be greater than or equal to 1"),
     ],
 )
@@ -91,9 +96,13 @@ def test_overrides_win_over_the_file_and_are_yaml(tmp_path):
     path.write_text("train: {steps: 5}\noptim: {lr: 0.1}\n")
     cfg = load_config(path, ["train.steps=7", "optim.lr=1e-4", "data.shards=[a.tar, b.tar]", "run.name=x"])
     assert (cfg.train.steps, cfg.optim.lr, cfg.data.shards, cfg.run.name) == (7, 1e-4, ["a.tar", "b.tar"], "x")
-    for wrong in ("train.steps", "=3", "train.steps=[", "optim.lr.x=1"):
+    assert load_config(path, ["run.name=2024"]).run.name == "2024"
+    for wrong in ("train.steps", "=3", "train.steps=[", "optim.lr.x=1", "run.name=2024-13-40"):
         with pytest.raises(ConfigError):
             load_config(path, [wrong])
+    assert load_config(path, ["train.steps=1", "train.steps=2"]).train.steps == 2
+    with pytest.raises(ConfigError, match="data.shards is given 2 times; quote its pattern"):
+        load_config(path, ["data.shards=a-000.tar", "data.shards=a-001.tar"])
 
 
 def test_a_file_holds_only_what_differs_from_the_one_it_extends(tmp_path):
@@ -107,7 +116,9 @@ def test_a_file_holds_only_what_differs_from_the_one_it_extends(tmp_path):
         load_config(child)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "!!python/object/apply:os.system [x]", "1: 2", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 1", "!!python/object/apply:os.system [x]", "1: 2", "\x00", "seed: 2023-99-99"]
+)
 def test_a_file_that_is_no_configuration_is_a_clear_error(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

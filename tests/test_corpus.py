@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from msm_dist.config import batch_layout, parse_config
-from msm_dist.corpus import open_corpus, plan_identity
+from msm_dist.corpus import check_digests, open_corpus, plan_identity
 from msm_dist.errors import ConfigError, DataError
 from tests.corpus import write_corpus
 
@@ -79,9 +79,11 @@ def test_changed_byte_is_found_where_digests_are_checked(copy):
     data = bytearray(tar.read_bytes())
     data[5000] ^= 1
     tar.write_bytes(data)
-    open_with(copy)
+    index = open_with(copy).index
+    for rank in range(2):
+        check_digests(index, rank, world_size=3)
     with pytest.raises(DataError, match="clips-000002.tar: sha256"):
-        open_with(copy, data={"verify": "digest"})
+        check_digests(index, rank=2, world_size=3)
 
 
 def test_missing_shard_stops_the_start_unless_allowed(copy):
@@ -90,6 +92,10 @@ def test_missing_shard_stops_the_start_unless_allowed(copy):
         open_with(copy)
     assert "data.allow_missing_shards=true" in str(caught.value)
     assert open_with(copy, data={"allow_missing_shards": True}).missing == {0}
+    for tar in copy.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(DataError, match="all 3 shards are missing"):
+        open_with(copy, data={"allow_missing_shards": True})
 
 
 def test_lanes_that_do_not_spread_over_processes_and_workers_list_those_that_do(shards):

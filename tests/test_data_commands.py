@@ -44,6 +44,16 @@ def test_embedded_corpus_is_packed_verified_and_measured(corpus):
         assert f"mean {index.mean:.4f}, std {index.std:.4f}" in run("stats", shards, "--workers", 1)
 
 
+@pytest.mark.parametrize("command", ["stats", "index"])
+def test_naming_some_shards_does_not_drop_the_others_from_the_index(tmp_path, command):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(8000))})
+    run("index", tmp_path / "a.tar", tmp_path / "b.tar", "--workers", 1)
+    with pytest.raises(DataError, match="name (the folder|every tar)"):
+        run(command, tmp_path / "a.tar", "--workers", 1)
+    assert load_index(str(tmp_path)).num_clips == 2
+
+
 def test_what_is_left_out_is_shown(tmp_path):
     write_audio(tmp_path / "audio" / "good.ogg", noise(16000), "ogg")
     for name, (content, _) in bad_files().items():

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from msm_dist.config import batch_layout, parse_config
 from msm_dist.engine.optim import lr_at, parameter_groups
-from msm_dist.engine.zero import deepspeed_config, dry_run
+from msm_dist.engine.zero import deepspeed_config, fitting_memory
 from msm_dist.errors import ConfigError
 from tests.processes import HERE, run_ranks
 
@@ -61,6 +62,12 @@ def test_deepspeed_accumulates_and_reduces_in_fp32():
     assert values["zero_optimization"]["stage"] == 1
 
 
+def test_deepspeed_does_not_wait_for_the_device_to_time_it():
+    cfg = config()
+    parsed = DeepSpeedConfig(deepspeed_config(cfg, batch_layout(cfg, 1)))
+    assert not parsed.timers_config.enabled
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -75,6 +82,7 @@ def test_deepspeed_accumulates_and_reduces_in_fp32():
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: not ours"),
         ('{"zero_optimization": {"stage": 3}}', "stage = 3"),
         ("{}", "stage = None"),
+        ('{"zero_optimization": 5}', "stage = None"),
         ("[1]", "JSON object"),
         ("{", "not valid JSON"),
     ],
@@ -87,22 +95,6 @@ def test_own_deepspeed_file_may_not_contradict_the_run(tmp_path, content, says):
         deepspeed_config(cfg, batch_layout(cfg, 1))
 
 
-class FailingEngine:
-    """As much of an engine as a dry run meets before the forward pass fails."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def gradient_accumulation_steps(self):
-        return 1
-
-    def backward(self, loss):
-        raise AssertionError("not reached")
-
-    def __call__(self, *arguments, **named):
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -112,13 +104,20 @@ class FailingEngine:
     ],
 )
 def test_step_that_does_not_fit_the_memory_says_which_setting_to_lower(error):
-    with pytest.raises(ConfigError, match="train.micro_batch = 4: .*lower train.micro_batch"):
-        dry_run(FailingEngine(error), torch.zeros(4, 1), torch.zeros(4, 3))
+    fault = pytest.raises(ConfigError, match="train.micro_batch = 4: .*lower train.micro_batch")
+    with fault, fitting_memory(torch.device("cpu"), micro_batch=4):
+        raise error
+
+
+def test_memory_that_is_really_short_is_noticed():
+    fault = pytest.raises(ConfigError, match="train.micro_batch = 4")
+    with fault, fitting_memory(torch.device("cpu"), micro_batch=4):
+        torch.empty(2**60)
 
 
 def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"):
-        dry_run(FailingEngine(RuntimeError("shapes do not match")), torch.zeros(4, 1), torch.zeros(4, 3))
+    with pytest.raises(RuntimeError, match="shapes"), fitting_memory(torch.device("cpu"), micro_batch=4):
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -72,8 +73,8 @@ def test_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
         pass
 
 
-def test_listed_settings_may_change_and_are_recorded(tmp_path):
-    runfolder.compare_config(tmp_path, config())
+def test_listed_settings_may_change(tmp_path):
+    runfolder.record_start(tmp_path, config(), {})
     later = config(
         train={"steps": 20, "log_every": 1, "micro_batch": 8, "trace": True},
         data={"num_workers": 0},
@@ -81,6 +82,7 @@ def test_listed_settings_may_change_and_are_recorded(tmp_path):
         engine={"timeout_minutes": 1},
     )
     runfolder.compare_config(tmp_path, later)
+    runfolder.record_start(tmp_path, later, {})
     assert "steps: 20" in (tmp_path / "config.yaml").read_text()
 
 
@@ -95,8 +97,8 @@ def test_listed_settings_may_change_and_are_recorded(tmp_path):
         ({"model": {"size": "tiny"}}, "model.size: None in .*, 'tiny' now"),
     ],
 )
-def test_any_other_difference_is_refused_and_not_recorded(tmp_path, sections, says):
-    runfolder.compare_config(tmp_path, config())
+def test_any_other_difference_is_refused(tmp_path, sections, says):
+    runfolder.record_start(tmp_path, config(), {})
     recorded = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=says) as caught:
         runfolder.compare_config(tmp_path, config(**sections))
@@ -106,6 +108,27 @@ def test_any_other_difference_is_refused_and_not_recorded(tmp_path, sections, sa
 
 def test_corpus_that_changed_since_the_first_start_is_refused(tmp_path):
     runfolder.compare_plan(tmp_path, {"index_digest": "a", "lanes": 8})
+    runfolder.record_start(tmp_path, config(), {"index_digest": "a", "lanes": 8})
     runfolder.compare_plan(tmp_path, {"index_digest": "a", "lanes": 8})
     with pytest.raises(ConfigError, match="began with index_digest = a, the corpus now gives b"):
         runfolder.compare_plan(tmp_path, {"index_digest": "b", "lanes": 8})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", ""])
+def test_damaged_records_are_clear_errors(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ConfigError, match="plan.json: can't be read"):
+        runfolder.compare_plan(tmp_path, {})
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config.yaml: can't be read|other settings"):
+        runfolder.compare_config(tmp_path, config())
+
+
+def test_owner_that_was_taken_for_dead_leaves_the_new_lock_alone_and_stops(tmp_path, monkeypatch):
+    stopped = threading.Event()
+    monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(runfolder.os, "kill", lambda pid, number: stopped.set())
+    with runfolder.locked(tmp_path):
+        (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        assert stopped.wait(5)
+    assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"

@@ -59,7 +59,7 @@ def make_environment(venv: Path, torch_index: str | None) -> None:
         if missing := [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]:
             stop(f"{sys.executable} has no module {missing[0]}: apt-get install python3-venv, then start again")
         run([sys.executable, "-m", "venv", str(venv)])
-    (venv / OWN_VENV_MARK).touch()
+        (venv / OWN_VENV_MARK).touch()
     say("2/3 install the packages of setup.py in the versions of constraints.txt (2 to 10 minutes)")
     pip = [
         str(python),

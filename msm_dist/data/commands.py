@@ -91,10 +91,9 @@ def verify(
     workers: Workers = ALL_CORES,
 ) -> None:
     """Compare shards with their index: sizes, digests, sidecars. Exit code 2 if anything is damaged."""
-    from msm_dist.data.index import load_index
     from msm_dist.data.shards import verify_shards
 
-    found = load_index(str(folder))
+    found = _packed(folder)
     with _progress() as progress:
         faults = verify_shards(found, decode, workers, progress)
     if faults:
@@ -117,13 +116,20 @@ def stats(
     config: RunConfig = None,
 ) -> None:
     """Measure mean and standard deviation of the log-mel and write them into index.json."""
-    from msm_dist.data.index import load_index
     from msm_dist.data.shards import measure_shards
 
-    found = load_index(str(folder))
+    found = _packed(folder)
     with _progress() as progress:
         measured = measure_shards(found, _features(config), workers, progress)
     _show(measured)
+
+
+def _packed(folder: Path) -> "Index":
+    from msm_dist.data.index import load_index
+
+    if not folder.exists():
+        raise DataError(f"{folder}: not there; name a folder that `msm-dist data pack` or `data index` has made")
+    return load_index(str(folder))
 
 
 def _features(config: Path | None) -> Features:

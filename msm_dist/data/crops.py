@@ -26,6 +26,7 @@ from msm_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 128
+MAX_TABLES = 4096  # of clips, 30 kB each: a worker's lanes lie in that many shards before it needs one again
 OPEN_RETRIES = 3
 RETRY_SECONDS = 0.1  # before the first retry; doubled each time
 
@@ -65,6 +66,7 @@ class CropReader:
     def __init__(self, source: Source):
         self._source = source
         self._open = lru_cache(MAX_OPEN_SHARDS)(_open_shard)
+        self._members = lru_cache(MAX_TABLES)(members)
         self._reported: set[int] = set()
 
     def read(self, sample_ids: np.ndarray) -> list[Crop | None]:
@@ -76,7 +78,7 @@ class CropReader:
         numbers, places = source.plan.locate(sample_ids[:, 1])
         here = [i for i, number in enumerate(numbers.tolist()) if number not in source.missing]
         shards = [source.index.shards[numbers[i]] for i in here]
-        rows = [self._open(shard)[1][place] for shard, place in zip(shards, places[here], strict=True)]
+        rows = [self._members(shard)[place] for shard, place in zip(shards, places[here], strict=True)]
         lengths = np.array([self._padded_length(row) for row in rows], np.int64)
         offsets = crop_offset(source.plan.seed, sample_ids[here], features.num_frames(lengths) - frames)
         crops: list[Crop | None] = [None] * len(sample_ids)
@@ -116,19 +118,19 @@ class CropReader:
         return max(samples, features.hop * (self._source.crop_frames - 1))
 
     def _encoded(self, shard: Shard, row: np.void) -> memoryview:
-        content, _ = self._open(shard)
+        content = self._open(shard)
         # Touching a page beyond the end of a file that shrank would kill the process.
         _check_size(shard, content.size())
         return memoryview(content)[row["offset"] : row["offset"] + row["size"]]
 
 
-def _open_shard(shard: Shard) -> tuple[mmap.mmap, np.ndarray]:
-    """The shard's bytes, mapped, and its table of clips."""
+def _open_shard(shard: Shard) -> mmap.mmap:
+    """The shard's bytes, mapped."""
     for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
         try:
             with open(shard.path, "rb") as file:
                 _check_size(shard, os.fstat(file.fileno()).st_size)
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), members(shard)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             fault = error.strerror
         if pause is not None:

@@ -208,8 +208,8 @@ _CHECKED = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 class _ShardEntry(BaseModel):
     model_config = _CHECKED
     name: str
-    clips: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    clips: int = Field(ge=1, lt=2**40)
+    bytes: int = Field(ge=1, lt=2**60)
     sha256: Digest
     members_sha256: Digest
 
@@ -230,7 +230,7 @@ class _IndexFile(BaseModel):
     clips: int
     seconds: float = Field(ge=0)
     mean: float | None
-    std: float | None = Field(gt=0)
+    std: float | None = Field(ge=1e-3)
     mel_mean: list[float] | None
     features: dict[str, Any] | None
 

@@ -19,10 +19,12 @@ from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, probe, to_int16
 from msm_dist.data.clips import SUFFIXES, LeftOut, Progress, check_length, quiet, write_report
 from msm_dist.data.index import (
+    INDEX_NAME,
     Index,
     Shard,
     check_shards,
     file_sha256,
+    load_index,
     member_table,
     members,
     shard_fault,
@@ -53,6 +55,7 @@ def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, pr
     """
     paths = sorted(set(paths))
     root = _common_folder(paths)
+    _refuse_selection(root, paths)
     scans = {}
     for scan in run_tasks(_scan_tar, [(path, features) for path in paths], workers):
         scans[scan.path] = scan
@@ -97,6 +100,12 @@ def measure_shards(index: Index, features: Features, workers: int = 1, progress:
 
     Raises DataError if a shard or clip is not what the index says.
     """
+    whole = load_index(str(index.root))
+    if whole.num_clips != index.num_clips:
+        raise DataError(
+            f"{index.root}: {len(index.shards)} of its {len(whole.shards)} shards are named, but statistics are those "
+            "of all; name the folder"
+        )
     check_shards(index, "size")
     sums = {}
     for name, found in run_tasks(_measure_shard, [(shard, features) for shard in index.shards], workers):
@@ -106,6 +115,22 @@ def measure_shards(index: Index, features: Features, workers: int = 1, progress:
     measured = replace(index, **statistics._asdict(), features=features.front_end())
     write_index(measured)
     return measured
+
+
+def _refuse_selection(root: Path, paths: Sequence[Path]) -> None:
+    """Raise DataError where index.json lists tars that are there and would be dropped from it."""
+    if not (root / INDEX_NAME).exists():
+        return
+    try:
+        listed_now = [shard.path for shard in load_index(str(root)).shards]
+    except DataError:
+        return  # A damaged index is what this command replaces.
+    dropped = {path.name for path in listed_now if path.exists()} - {path.name for path in paths}
+    if dropped:
+        raise DataError(
+            f"{root}: its {INDEX_NAME} also lists {', '.join(sorted(dropped)[:3])} ({len(dropped)} in all); name every "
+            f"tar: msm-dist data index {root}/*.tar"
+        )
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:

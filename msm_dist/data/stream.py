@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
 from typing import Any
@@ -58,6 +58,10 @@ class Batch:
     """Crops that stand in for clips that can't be decoded."""
     num_missing: int
     """Crops that stand in for clips of missing shards."""
+
+    def pin_memory(self) -> "Batch":
+        """The same with its tensors where a GPU can fetch them while it computes; called by DataLoader."""
+        return replace(self, waveform=self.waveform.pin_memory(), sample_ids=self.sample_ids.pin_memory())
 
 
 class Loader:
@@ -128,6 +132,7 @@ def make_loader(
         batch_size=None,
         num_workers=data.num_workers,
         prefetch_factor=PREFETCHED_BATCHES,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # for the seeds of the workers, which use none: the global one stays
     )

@@ -12,6 +12,7 @@ torn one is skipped. A failure to write raises CheckpointError on all ranks and 
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,9 +121,7 @@ def full_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch
 
 def newest_complete(root: Path) -> Saved | None:
     """The newest checkpoint that is whole; torn ones are named in a warning and skipped."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if folder.suffix == PARTIAL:
-            continue
+    for folder in reversed(_folders(root)):
         try:
             return open_checkpoint(folder)
         except CheckpointError as error:
@@ -159,14 +158,25 @@ def is_complete(folder: Path) -> bool:
 
 
 def rotate(root: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every`."""
-    folders = sorted(folder for folder in root.glob("step-*") if folder.suffix != PARTIAL)
-    for folder in folders[:-keep]:
+    """Delete all but the newest `keep` whole checkpoints and those whose step is a multiple of `keep_every`.
+
+    Torn checkpoints and unfinished ones of earlier starts go too; a folder of another name is not ours.
+    """
+    for folder in root.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
+    folders = _folders(root)
+    whole = [folder for folder in folders if is_complete(folder)]
+    for folder in folders:
         step = int(folder.name.removeprefix("step-"))
-        if not keep_every or step % keep_every:
+        if folder not in whole[-keep:] and not (folder in whole and keep_every and step % keep_every == 0):
             # Without its marker a half-deleted checkpoint can't be taken for a whole one.
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints of a run, whole or torn, by step."""
+    return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8}", folder.name))
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -7,14 +7,14 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: weights are decayed, 1-D tensors and biases are not.
+    """Two groups: weights are decayed, 1-D tensors (biases, norms) are not.
 
     CLS and mask token are 3-D and so are decayed, as in the published code.
     """
     decayed, plain = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or name.endswith("bias") else decayed).append(parameter)
+            (plain if parameter.ndim <= 1 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -1,7 +1,8 @@
 """From a signal on any rank to a stop that all ranks make together, after a save.
 
 USR1 and USR2 ask for a requeue (exit code 75); TERM and INT, and the end of the launcher, stop without one.
-A second TERM or INT exits at once. A handler only sets a flag: ranks agree on it at a step boundary, one step
+The same TERM or INT again exits at once (a
+Ctrl-C is followed by the launcher's TERM). A handler only sets a flag: ranks agree on it at a step boundary, one step
 late, so that no rank ever waits for the others' hosts.
 """
 
@@ -81,7 +82,8 @@ def listening(interruption: Interruption, has_launcher: bool) -> Iterator[None]:
         for number, handler in before.items():
             # Ranks that stop together don't exit at once: srun and the launcher send TERM to the last ones, whose exit
             # code must be that of the first.
-            signal.signal(number, signal.SIG_IGN if interruption.stopping else handler)
+            ignored = interruption.stopping and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
 def watch_launcher() -> None:

@@ -12,6 +12,7 @@ taken over. Files are replaced atomically.
 import contextlib
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -68,26 +69,28 @@ def locked(folder: Path, wait_seconds: float = ENDING_SECONDS) -> Iterator[None]
         raise ConfigError(
             f"{folder}: can't be written ({error.strerror}); choose another run.dir or give write access"
         ) from None
+    mine = _read_owner(path)
     stopped = threading.Event()
-    threading.Thread(target=_beat, args=(path, stopped), daemon=True).start()
+    threading.Thread(target=_beat, args=(path, mine, stopped), daemon=True).start()
     try:
         yield
     finally:
         stopped.set()
-        path.unlink(missing_ok=True)
+        if _read_owner(path) == mine:
+            path.unlink(missing_ok=True)
 
 
 def compare_config(folder: Path, cfg: Config) -> None:
-    """Record the configuration; one that differs from the recorded one where it may not is a ConfigError.
+    """Raise ConfigError for a configuration that differs from the recorded one where it may not.
 
-    A length below the one reached is refused by the loop, which knows the step.
+    A length below the one reached is refused where the step is known.
     """
     path = folder / "config.yaml"
     if path.exists():
         try:
-            recorded = flat_items(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: can't be read ({error}); choose another run.name=") from None
+            recorded = flat_items(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            raise ConfigError(f"{path}: can't be read as settings; restore it, or choose another run.name=") from None
         wanted = flat_items(cfg.model_dump(mode="json"))
         differences = [
             f"  {name}: {recorded.get(name)!r} in {path}, {wanted.get(name)!r} now"
@@ -104,16 +107,17 @@ def compare_config(folder: Path, cfg: Config) -> None:
                     ]
                 )
             )
-    write_atomically(path, dump_config(cfg))
 
 
 def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Record what the order is a function of; a corpus that has changed since is a ConfigError."""
+    """Raise ConfigError when what the order is a function of has changed since it was recorded."""
     path = folder / "plan.json"
     if not path.exists():
-        write_atomically(path, json.dumps(plan, indent=1))
         return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error}); remove it if the corpus is unchanged") from None
     for name in dict.fromkeys([*recorded, *plan]):
         if recorded.get(name) != plan.get(name):
             raise ConfigError(
@@ -122,8 +126,14 @@ def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
 
 
+def record_start(folder: Path, cfg: Config, plan: dict[str, Any]) -> None:
+    """Write what `compare_config` and `compare_plan` compare with; to be called once the run is known to work."""
+    write_atomically(folder / "config.yaml", dump_config(cfg))
+    write_atomically(folder / "plan.json", json.dumps(plan, indent=1))
+
+
 def _acquire(path: Path, wait_seconds: float) -> None:
-    deadline = time.monotonic() + wait_seconds
+    deadline, told = time.monotonic() + wait_seconds, False
     while not _create(path):
         owner = _read_owner(path)
         if owner is None:
@@ -131,7 +141,12 @@ def _acquire(path: Path, wait_seconds: float) -> None:
         if _is_dead(path, owner):
             _remove_stale(path, owner)
             continue
+        if not told:
+            told = True
+            print(f"{path.parent} is in use; waiting {wait_seconds:.0f} s for its owner to end", flush=True)
         if time.monotonic() >= deadline:
+            if not owner:
+                raise ConfigError(f"{path}: not a lock of ours; remove it if no run writes to {path.parent}")
             job = f", job {owner['job']}" if owner.get("job") else ""
             raise ConfigError(
                 f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')}{job}: stop that "
@@ -204,9 +219,13 @@ def _age(path: Path) -> float:
             return 0.0
 
 
-def _beat(path: Path, stopped: threading.Event) -> None:
+def _beat(path: Path, mine: dict[str, Any] | None, stopped: threading.Event) -> None:
+    """Keep the lock fresh; stop this process when another one has taken the folder over, taking it for dead."""
     while not stopped.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
+            if _read_owner(path) != mine:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             os.utime(path)
 
 

@@ -5,6 +5,7 @@ Out: a `World`. Agreement travels over a gloo group of its own, so that it never
 """
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    has_launcher: bool
+    """Whether another program started this process as a rank and ends with it."""
     control: dist.ProcessGroup
     """gloo group for agreement between hosts."""
 
@@ -91,22 +94,20 @@ class World:
 
 def join_world(timeout_minutes: float) -> World:
     """Start the process groups. Raises ConfigError when the launcher's environment is incomplete."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    has_launcher = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     rank, size, local_rank, local_size = _placement()
-    use_cuda = torch.cuda.is_available()
-    if use_cuda and local_size > torch.cuda.device_count():
-        raise ConfigError(
-            f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"
-        )
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    device = _device(local_rank, local_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     _leave_out_shared_memory_collectives()
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, local_size, device, control)
+    return World(rank, size, local_rank, local_size, device, has_launcher, control)
 
 
 @contextlib.contextmanager
@@ -120,7 +121,8 @@ def noticing_lost_peers(rank: int) -> Iterator[None]:
             raise
         raise PeerLost(
             f"rank {rank}: another process of the run ended or stopped answering ({said.splitlines()[0][:200]}); its "
-            "own last message says why. The same command continues from the newest checkpoint"
+            "own last message says why, unless it was killed (out of memory?). The same command continues from the "
+            "newest checkpoint"
         ) from None
 
 
@@ -128,6 +130,19 @@ def leave_world() -> None:
     """End the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    """This rank's GPU, or the CPU where there is none. Raises ConfigError when there are fewer GPUs than ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        # Slurm can show each task its own GPU only, as number 0.
+        return torch.device("cuda", 0)
+    if local_size > visible:
+        raise ConfigError(f"{local_size} processes on a machine with {visible} GPUs: start one process per GPU")
+    return torch.device("cuda", local_rank)
 
 
 def _placement() -> tuple[int, int, int, int]:

@@ -4,14 +4,16 @@ DeepSpeed owns the optimiser step, ZeRO, precision, clipping and accumulation. B
 clipping have one home, the YAML; a DeepSpeed file that contradicts them is a ConfigError.
 """
 
+import contextlib
 import json
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import msm_configs
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from msm_dist.config import BatchLayout, Config, flat_items
@@ -26,7 +28,8 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     else:
         path = Path(msm_configs.__path__[0]) / "deepspeed" / f"zero{cfg.engine.zero_stage}.json"
     values = _read_json(path)
-    stage = values.get("zero_optimization", {}).get("stage") if isinstance(values, dict) else None
+    zero = values.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 1:
         raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 1, the only stage in this version")
     owned = {
@@ -39,6 +42,8 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
         # precision of the model in both.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # It waits for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     given = flat_items(values)
     contradictions = [
@@ -56,30 +61,38 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """`model` under DeepSpeed with AdamW; same parameters whatever the world size."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     optimizer = build_optimizer(model.to(device), cfg.optim.betas, cfg.optim.weight_decay, device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, layout))
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, layout))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ConfigError(f"{cfg.engine.deepspeed or 'DeepSpeed'}: {'; '.join(faults)}") from None
     return engine
 
 
 def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> None:
     """One whole step on made-up input, so that memory runs out now or never. The caller sets the state afterwards.
 
-    A whole accumulation cycle with its update: less would leave gradients or counters behind. Raises ConfigError
-    when it does not fit.
+    A whole accumulation cycle with its update: less would leave gradients or counters behind.
     """
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
+        engine.step()
+    _link_optimizer_state(engine)
+
+
+@contextlib.contextmanager
+def fitting_memory(device: torch.device, micro_batch: int) -> Iterator[None]:
+    """Turn a lack of memory into a ConfigError that says which settings to lower."""
     try:
-        for _ in range(engine.gradient_accumulation_steps()):
-            engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
-            engine.step()
+        yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "alloc" not in str(error):
             raise
         raise ConfigError(
-            f"train.micro_batch = {len(spectrogram)}: a step does not fit the memory of {spectrogram.device}; lower "
+            f"train.micro_batch = {micro_batch}: model, optimiser and a step do not fit the memory of {device}; lower "
             "train.micro_batch (train.global_batch, and with it the result, stays), or take a smaller model.size"
         ) from None
-    _link_optimizer_state(engine)
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample
 
+from msm_dist.data.audio import resampling_ratio
 from msm_dist.errors import CheckpointError, DataError
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
@@ -57,7 +58,7 @@ class Encoder:
         _check(waveform, sample_rate)
         waveform = waveform.to(self.device, torch.float32)
         if sample_rate != self.features.sample_rate:
-            waveform = resample(waveform, sample_rate, self.features.sample_rate)
+            waveform = resample(waveform, *resampling_ratio(sample_rate, self.features.sample_rate))
         chunks = self._spectrogram(waveform).split(self._grid.frames, dim=-1)
         return torch.cat([self._encode_chunk(chunk) for chunk in chunks], dim=1)
 

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from msm_dist import monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
-from msm_dist.data.stream import Batch, make_loader, trace_records
+from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
@@ -29,12 +29,13 @@ from msm_dist.engine.zero import build_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.features import LogMel, normalize
+from msm_dist.feed import feeding, tracing
 from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel, Output
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
+from msm_dist.summary import announcement, summary
 from msm_dist.validate import Forward, Validation
-from msm_kernels.backend import resolve
 
 CLIP_KEYS_SHOWN = 8
 
@@ -86,7 +87,11 @@ def train(run: Training) -> int:
     cfg, engine, total_steps = run.cfg, run.engine, run.corpus.total_steps
     watch = monitor.Stopwatch()
     reason, logged_step = preempt.NONE, run.step
-    with feeding(run) as feed, tracing(run) as trace:
+    trace_folder = cfg.run.folder / "trace" if cfg.train.trace else None
+    with (
+        feeding(cfg.data, run.corpus, run.layout, run.world, run.interruption, run.step) as feed,
+        tracing(trace_folder, run.world, run.step) as trace,
+    ):
         engine.train()
         while run.step < total_steps:
             with watch.waiting():
@@ -123,7 +128,8 @@ def train(run: Training) -> int:
                 stop_if_too_much_is_bad(run)
     if reason:
         save(run)
-        tell(run.world, f"stopped and saved at step {run.step} of {total_steps}; the same command continues")
+        if run.world.is_main:
+            print(f"stopped and saved at step {run.step} of {total_steps}; the same command continues", flush=True)
         run.world.together(feed.raise_fault, DataError)
     return reason
 
@@ -258,28 +264,8 @@ def finish(run: Training) -> None:
         cfg.model.model_copy(update={"backend": "auto"}), run.corpus.features, cfg.data.crop_frames, origin
     )
     exported = run.world.on_main(lambda: save_weights(folder / "export", weights, info))
-    if not run.world.is_main:
-        return
-    latest: dict[str, float] = {}
-    for line in monitor.read_metrics(folder / "metrics.jsonl"):
-        latest |= line
-    lines = [f"\n{folder} is finished: {run.step} steps are done (more with train.steps=N)"]
-    if "valid_loss" in latest:
-        lines.append(f"  held-out loss    {latest['valid_loss']:.4f}")
-        references = {name: value for name, value in latest.items() if name.startswith("reference_")}
-        for name, value in references.items():
-            lines.append(f"    {name:<23} {value:.4f}  (the loss is {latest['valid_loss'] / value:.2f} of it)")
-    if "clips_per_second" in latest:
-        lines.append(f"  speed            {latest['clips_per_second']:.1f} clips/s")
-    pictures = sorted((folder / "pictures").glob("*.png"))
-    places = {
-        "weights": exported,
-        "checkpoint": folder / "checkpoints" / checkpoint.checkpoint_name(run.step),
-        "picture": pictures[-1] if pictures else "none without data.valid_shards",
-        "TensorBoard": f"tensorboard --logdir {cfg.run.dir}",
-    }
-    lines += [f"  {name:<16} {place}" for name, place in places.items()]
-    tell(run.world, "\n".join(lines))
+    if run.world.is_main:
+        print(summary(cfg, run.step, exported), flush=True)
 
 
 def build(
@@ -312,7 +298,9 @@ def build(
     metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
     world.on_main(lambda: record_start(folder, cfg, identity))
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
-    announce(cfg, world, corpus, model, saved)
+    if world.is_main:
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(announcement(cfg, world, corpus, num_parameters, saved), flush=True)
     return Training(
         cfg,
         world,
@@ -349,114 +337,6 @@ def newest_checkpoint(root: Path, total_steps: int, layout: BatchLayout) -> chec
             "ask for more steps, or start a new run with run.name=NAME"
         )
     return saved
-
-
-class Feed:
-    """A rank's batches, read one step ahead: a rank that will be without data says so in time for all to stop."""
-
-    def __init__(
-        self, batches: Iterator[Batch], accumulation: int, num_steps: int, interruption: preempt.Interruption
-    ) -> None:
-        self._batches = batches
-        self._accumulation = accumulation
-        self._unread_steps = num_steps
-        self._interruption = interruption
-        self._fault: DataError | None = None
-        self._ahead = self._read()
-
-    def next_step(self) -> list[Batch]:
-        """The next step's micro-batches; reads those of the step after it."""
-        batches, self._ahead = self._ahead, self._read()
-        return batches
-
-    def raise_fault(self) -> None:
-        """Raise what kept this rank from reading on, if anything did."""
-        if self._fault:
-            raise self._fault
-
-    def _read(self) -> list[Batch]:
-        if self._fault or not self._unread_steps:
-            return []
-        self._unread_steps -= 1
-        try:
-            return [next(self._batches) for _ in range(self._accumulation)]
-        except DataError as error:
-            self._fault = error
-            self._interruption.hear(preempt.NO_DATA)
-            return []
-
-
-@contextlib.contextmanager
-def feeding(run: Training) -> Iterator[Feed]:
-    """The loader from the run's step on; its workers end with the block."""
-    cfg, corpus = run.cfg, run.corpus
-    loader = make_loader(
-        corpus.plan,
-        corpus.index,
-        corpus.features,
-        cfg.data,
-        run.layout,
-        run.world.rank,
-        start_step=run.step,
-        missing=corpus.missing,
-    )
-    with contextlib.closing(loader):
-        feed = Feed(loader, run.layout.accumulation, corpus.total_steps - run.step, run.interruption)
-        # Without data for its first step a rank can't wait for an agreement that comes a step late.
-        run.world.together(feed.raise_fault, DataError)
-        yield feed
-
-
-@contextlib.contextmanager
-def tracing(run: Training) -> Iterator[Callable[[int, Batch, Output], None]]:
-    """A function that records which samples a step took; it does nothing without train.trace."""
-    if not run.cfg.train.trace:
-        yield lambda step, batch, output: None
-        return
-    folder = run.cfg.run.folder / "trace"
-
-    def start() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("rank-*.jsonl"):
-            monitor.truncate_jsonl(path, run.step)
-
-    run.world.on_main(start)
-
-    def write(step: int, batch: Batch, output: Output) -> None:
-        for line in trace_records(batch, step, output.masking.ids_keep.cpu().numpy()):
-            file.write(json.dumps(line) + "\n")
-        file.flush()
-
-    with (folder / f"rank-{run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
-        yield write
-
-
-def announce(
-    cfg: Config, world: World, corpus: Corpus, model: MaskedSpectrogramModel, saved: checkpoint.Saved | None
-) -> None:
-    """Say what is about to run, and from where."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines = [
-        f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
-        f"to step {corpus.total_steps}",
-        f"machine    {world.size} x {environment(world)['device']}, {cfg.train.precision}, "
-        f"ZeRO {cfg.engine.zero_stage}, {resolve(cfg.model.backend, world.device)} kernels",
-        f"model      {parameters / 1e6:.2f} M parameters, {cfg.num_keep} of {cfg.num_patches} patches visible",
-        f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
-        f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
-    ]
-    if world.size == 1 and torch.cuda.device_count() > 1:
-        lines.append(
-            f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "
-            "deepspeed --module msm_dist.pretrain CONFIG"
-        )
-    tell(world, "\n".join(lines))
-
-
-def tell(world: World, text: str) -> None:
-    """Print, on rank 0."""
-    if world.is_main:
-        print(text, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ LAYERS = (
     {"data", "features", "kernels"},
     {"model"},
     {"engine", "monitor", "pictures"},
-    {"corpus", "environment", "validate", "planning", "compare", "pretrain", "evaluate"},
+    {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"},
     {"launch", "doctor"},
     {"cli"},
     {"__main__"},

@@ -104,6 +104,7 @@ def test_bad_clips_are_left_out_and_listed(tmp_path):
         "a.tar/claims_a_year": "too_long"
     }
     assert {(e["file"], e["reason"]) for e in left_out if e["file"].startswith("a")} == set(reasons.items())
+    (tmp_path / "index.json").unlink()
     with pytest.raises(DataError, match=f"none of the {len(bad)} clips"):
         index_shards([only_bad], Features())
 

@@ -1,0 +1,100 @@
+"""A rank's batches for the training loop, read one step ahead, and the trace of what was trained on.
+
+In: a corpus, a batch layout, a world, the step to start from. Out: the micro-batches of step after step. A rank
+that can't read on tells the `Interruption` in time for all ranks to stop together; the DataError is kept for later.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from msm_dist.config import BatchLayout, Data
+from msm_dist.corpus import Corpus
+from msm_dist.data.stream import Batch, make_loader, trace_records
+from msm_dist.engine.preempt import NO_DATA, Interruption
+from msm_dist.engine.world import World
+from msm_dist.errors import DataError
+from msm_dist.model.mae import Output
+from msm_dist.monitor import truncate_jsonl
+
+Trace = Callable[[int, Batch, Output], None]
+"""(step, micro-batch, what the model made of it)"""
+
+
+class Feed:
+    """A rank's batches, read one step ahead: a rank that will be without data says so in time for all to stop."""
+
+    def __init__(self, batches: Iterator[Batch], accumulation: int, num_steps: int, interruption: Interruption) -> None:
+        self._batches = batches
+        self._accumulation = accumulation
+        self._unread_steps = num_steps
+        self._interruption = interruption
+        self._fault: DataError | None = None
+        self._ahead = self._read()
+
+    def next_step(self) -> list[Batch]:
+        """The next step's micro-batches; reads those of the step after it."""
+        batches, self._ahead = self._ahead, self._read()
+        return batches
+
+    def raise_fault(self) -> None:
+        """Raise what kept this rank from reading on, if anything did."""
+        if self._fault:
+            raise self._fault
+
+    def _read(self) -> list[Batch]:
+        if self._fault or not self._unread_steps:
+            return []
+        self._unread_steps -= 1
+        try:
+            return [next(self._batches) for _ in range(self._accumulation)]
+        except DataError as error:
+            self._fault = error
+            self._interruption.hear(NO_DATA)
+            return []
+
+
+@contextlib.contextmanager
+def feeding(
+    data: Data, corpus: Corpus, layout: BatchLayout, world: World, interruption: Interruption, start_step: int
+) -> Iterator[Feed]:
+    """The feed from `start_step` on; its workers end with the block. A collective. Raises DataError."""
+    loader = make_loader(
+        corpus.plan,
+        corpus.index,
+        corpus.features,
+        data,
+        layout,
+        world.rank,
+        start_step=start_step,
+        missing=corpus.missing,
+    )
+    with contextlib.closing(loader):
+        feed = Feed(loader, layout.accumulation, corpus.total_steps - start_step, interruption)
+        # Without data for its first step a rank can't wait for an agreement that comes a step late.
+        world.together(feed.raise_fault, DataError)
+        yield feed
+
+
+@contextlib.contextmanager
+def tracing(folder: Path | None, world: World, start_step: int) -> Iterator[Trace]:
+    """A function that writes a record per sample into `folder`, after what is there of the steps before; or nothing."""
+    if folder is None:
+        yield lambda step, batch, output: None
+        return
+
+    def start() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("rank-*.jsonl"):
+            truncate_jsonl(path, start_step)
+
+    world.on_main(start)
+
+    def write(step: int, batch: Batch, output: Output) -> None:
+        for line in trace_records(batch, step, output.masking.ids_keep.cpu().numpy()):
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+
+    with (folder / f"rank-{world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+        yield write

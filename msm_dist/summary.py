@@ -1,0 +1,58 @@
+"""What a run says of itself on the console: at its start what it is, at its end what came out and where it is."""
+
+from pathlib import Path
+
+import torch
+
+from msm_dist.config import Config
+from msm_dist.corpus import Corpus
+from msm_dist.engine.checkpoint import Saved, checkpoint_name
+from msm_dist.engine.world import World
+from msm_dist.environment import device_name
+from msm_dist.monitor import read_metrics
+from msm_kernels.backend import resolve
+
+
+def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int, saved: Saved | None) -> str:
+    """What is about to run, and from where."""
+    lines = [
+        f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
+        f"to step {corpus.total_steps}",
+        f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, "
+        f"ZeRO {cfg.engine.zero_stage}, {resolve(cfg.model.backend, world.device)} kernels",
+        f"model      {num_parameters / 1e6:.2f} M parameters, {cfg.num_keep} of {cfg.num_patches} patches visible",
+        f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
+        f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
+    ]
+    if corpus.missing:
+        lines.append(f"missing    {len(corpus.missing)} of {len(corpus.index.shards)} shards; their slots are filled")
+    if world.size == 1 and torch.cuda.device_count() > 1:
+        lines.append(
+            f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "
+            "deepspeed --module msm_dist.pretrain CONFIG"
+        )
+    return "\n".join(lines)
+
+
+def summary(cfg: Config, step: int, exported: Path) -> str:
+    """The latest numbers in the run folder, and where weights, checkpoint, picture and logs are."""
+    folder = cfg.run.folder
+    latest: dict[str, float] = {}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        latest |= line
+    lines = [f"\n{folder} is finished: {step} steps are done (more with train.steps=N)"]
+    if "valid_loss" in latest:
+        lines.append(f"  held-out loss    {latest['valid_loss']:.4f}")
+        references = {name: value for name, value in latest.items() if name.startswith("reference_")}
+        for name, value in references.items():
+            lines.append(f"    {name:<23} {value:.4f}  (the loss is {latest['valid_loss'] / value:.2f} of it)")
+    if "clips_per_second" in latest:
+        lines.append(f"  speed            {latest['clips_per_second']:.1f} clips/s")
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    places = {
+        "weights": exported,
+        "checkpoint": folder / "checkpoints" / checkpoint_name(step),
+        "picture": pictures[-1] if pictures else "none without data.valid_shards",
+        "TensorBoard": f"tensorboard --logdir {cfg.run.dir}",
+    }
+    return "\n".join([*lines, *(f"  {name:<16} {place}" for name, place in places.items())])

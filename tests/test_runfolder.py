@@ -124,6 +124,18 @@ def test_damaged_records_are_clear_errors(tmp_path, content):
         runfolder.compare_config(tmp_path, config())
 
 
+@pytest.mark.parametrize("content", ["junk", None])
+def test_owner_goes_on_when_its_lock_is_unreadable_or_deleted(tmp_path, monkeypatch, content):
+    stopped = threading.Event()
+    monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(runfolder.os, "kill", lambda pid, number: stopped.set())
+    with runfolder.locked(tmp_path):
+        (tmp_path / "lock.json").unlink()
+        if content:
+            (tmp_path / "lock.json").write_text(content)
+        assert not stopped.wait(0.3)
+
+
 def test_owner_that_was_taken_for_dead_leaves_the_new_lock_alone_and_stops(tmp_path, monkeypatch):
     stopped = threading.Event()
     monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.01)

@@ -1,9 +1,9 @@
 """From a signal on any rank to a stop that all ranks make together, after a save.
 
 USR1 and USR2 ask for a requeue (exit code 75); TERM and INT, and the end of the launcher, stop without one.
-The same TERM or INT again exits at once (a
-Ctrl-C is followed by the launcher's TERM). A handler only sets a flag: ranks agree on it at a step boundary, one step
-late, so that no rank ever waits for the others' hosts.
+The same TERM or INT again exits at once; one after the other does not, as a Ctrl-C is followed by the launcher's TERM.
+A handler only sets a flag: ranks agree on it at a step boundary, one step late, so that no rank ever waits for the
+others' hosts.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
     runs/<name>/lock.json         who is writing: host, job, pid; its modification time is the heartbeat
     runs/<name>/config.yaml       the resolved configuration, compared at every start
-    runs/<name>/plan.json         the corpus and the order, recorded at the first start
+    runs/<name>/plan.json         what order and input are functions of, compared at every start
     runs/<name>/environment.json  machine and versions of the latest start
 
 A second start of a running run is refused with a ConfigError that names the owner; a dead owner's lock is
@@ -223,7 +223,8 @@ def _beat(path: Path, mine: dict[str, Any] | None, stopped: threading.Event) -> 
     """Keep the lock fresh; stop this process when another one has taken the folder over, taking it for dead."""
     while not stopped.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
-            if _read_owner(path) != mine:
+            # A lock that can't be read now, or was deleted, says nothing of another owner.
+            if (owner := _read_owner(path)) and owner != mine:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             os.utime(path)

@@ -1,12 +1,18 @@
 """What every test module shares: which tests this machine can run, and a word about those it can't."""
 
 import importlib.util
+import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Triton reads this when a kernel is defined: without a GPU the kernels' tests run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
@@ -52,8 +58,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _no_gpu() -> str | None:
-    import torch
-
     return None if torch.cuda.is_available() else "no GPU on this machine"
 
 

@@ -53,10 +53,12 @@ def jit(function=None, **options):
 
 
 def launch(kernel, num_programs: int, tensor: torch.Tensor, *arguments, **options) -> None:
-    """Start a kernel on the device of `tensor`, its first argument, over a one-dimensional grid.
+    """Start a kernel on the device of `tensor`, its first argument, over a one-dimensional grid; none for none.
 
     Multiplication and addition fuse, said here because Triton's own default differs between its versions.
     """
+    if num_programs == 0:
+        return
     with torch.cuda.device_of(tensor):
         kernel[(num_programs,)](tensor, *arguments, enable_fp_fusion=True, **options)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
-from .backend import Backend, BackendUnavailable, jit, launch, resolve, tl
+from .backend import Backend, BackendUnavailable, dot_precision, jit, launch, resolve, tl
 from .configurations import configuration
 
 HEAD_DIMS = (32, 64, 80, 128)
@@ -130,6 +130,13 @@ def _score_gradients(q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL: tl
         d_s_t = p_t * (d_p_t - delta[:, None])
     d_s = p * (d_p - delta[:, None])
     return p.to(q.dtype), p_t.to(q.dtype), d_s.to(q.dtype), d_s_t.to(q.dtype)
+
+
+@jit
+def _transposed_products(a, x, a_t, x_t, PRECISION: tl.constexpr):
+    """a^T x + a_t^T x_t."""
+    product = tl.dot(tl.trans(a), x, input_precision=PRECISION)
+    return tl.dot(tl.trans(a_t), x_t, product, input_precision=PRECISION)
 
 
 @jit
@@ -243,35 +250,31 @@ def short_backward(
             keys_t = _valid_keys(key_mask, first, rows_t, valid_t, MASKED)
             allowed_t = _allowed(rows, rows_t, keys_t, num_tokens, PACKED)
             p, p_t, d_s, d_s_t = _score_gradients(q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL, PRECISION)
-            d_q = tl.dot(d_s, k, input_precision=PRECISION)
-            d_q = tl.dot(d_s_t, k_t, d_q, input_precision=PRECISION)
-            _store(target, rows, columns, valid, 3 * width, d_q * natural, D)
-            d_k = tl.dot(tl.trans(d_s), q, input_precision=PRECISION)
-            d_v = tl.dot(tl.trans(p), d_o, input_precision=PRECISION)
-            d_k_t = tl.dot(tl.trans(d_s_t), q, input_precision=PRECISION)
-            d_v_t = tl.dot(tl.trans(p_t), d_o, input_precision=PRECISION)
             allowed = _allowed(rows_t, rows, keys, num_tokens, PACKED)
             allowed_t = _allowed(rows_t, rows_t, keys_t, num_tokens, PACKED)
-            p, p_t, d_s, d_s_t = _score_gradients(
-                q_t, d_o_t, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL, PRECISION
-            )
-            d_q_t = tl.dot(d_s, k, input_precision=PRECISION)
-            d_q_t = tl.dot(d_s_t, k_t, d_q_t, input_precision=PRECISION)
-            _store(target, rows_t, columns, valid_t, 3 * width, d_q_t * natural, D)
-            d_k = tl.dot(tl.trans(d_s), q_t, d_k, input_precision=PRECISION)
-            d_v = tl.dot(tl.trans(p), d_o_t, d_v, input_precision=PRECISION)
-            d_k_t = tl.dot(tl.trans(d_s_t), q_t, d_k_t, input_precision=PRECISION)
-            d_v_t = tl.dot(tl.trans(p_t), d_o_t, d_v_t, input_precision=PRECISION)
-            _store(target + width, rows_t, columns, valid_t, 3 * width, d_k_t * natural, D)
-            _store(target + 2 * width, rows_t, columns, valid_t, 3 * width, d_v_t, D)
+            # Those of the tail of queries: e for P, f for dS.
+            e, e_t, f, f_t = _score_gradients(q_t, d_o_t, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL, PRECISION)
+            # One product after the other, stored at once: few accumulators live at a time.
+            d_q = tl.dot(d_s_t, k_t, tl.dot(d_s, k, input_precision=PRECISION), input_precision=PRECISION)
+            _store(target, rows, columns, valid, 3 * width, d_q * natural, D)
+            d_q = tl.dot(f_t, k_t, tl.dot(f, k, input_precision=PRECISION), input_precision=PRECISION)
+            _store(target, rows_t, columns, valid_t, 3 * width, d_q * natural, D)
+            d_k = _transposed_products(d_s, q, f, q_t, PRECISION)
+            _store(target + width, rows, columns, valid, 3 * width, d_k * natural, D)
+            d_k = _transposed_products(d_s_t, q, f_t, q_t, PRECISION)
+            _store(target + width, rows_t, columns, valid_t, 3 * width, d_k * natural, D)
+            d_v = _transposed_products(p, d_o, e, d_o_t, PRECISION)
+            _store(target + 2 * width, rows, columns, valid, 3 * width, d_v, D)
+            d_v = _transposed_products(p_t, d_o, e_t, d_o_t, PRECISION)
+            _store(target + 2 * width, rows_t, columns, valid_t, 3 * width, d_v, D)
         else:
             p, p_t, d_s, d_s_t = _score_gradients(q, d_o, k, v, k, v, allowed, allowed, scale, TAIL, PRECISION)
             d_q = tl.dot(d_s, k, input_precision=PRECISION)
             _store(target, rows, columns, valid, 3 * width, d_q * natural, D)
             d_k = tl.dot(tl.trans(d_s), q, input_precision=PRECISION)
+            _store(target + width, rows, columns, valid, 3 * width, d_k * natural, D)
             d_v = tl.dot(tl.trans(p), d_o, input_precision=PRECISION)
-        _store(target + width, rows, columns, valid, 3 * width, d_k * natural, D)
-        _store(target + 2 * width, rows, columns, valid, 3 * width, d_v, D)
+            _store(target + 2 * width, rows, columns, valid, 3 * width, d_v, D)
 
 
 # --- long sequences
@@ -593,7 +596,7 @@ def _launch_short(
     launch(
         kernel, programs, *_with_mask(tensors), N, B * N, num_heads, W, *scales,
         D=D, COLS=_columns(D), ROWS=config.rows, TAIL=config.tail, LOOPS=config.loops, PACKED=packed > 1,
-        MASKED=tensors[1] is not None, PRECISION=_precision(tensors[0]), STAGES=config.num_stages,
+        MASKED=tensors[1] is not None, PRECISION=dot_precision(tensors[0]), STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -611,7 +614,7 @@ def _launch_tiled(
     launch(
         kernel, B * num_heads * -(-N // block), *_with_mask(tensors), N, num_heads, W, *scales,
         D=D, COLS=_columns(D), BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-        MASKED=tensors[1] is not None, PRECISION=_precision(tensors[0]), STAGES=config.num_stages,
+        MASKED=tensors[1] is not None, PRECISION=dot_precision(tensors[0]), STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -628,11 +631,6 @@ def _columns(head_dim: int) -> int:
 
 def _scale(head_dim: int) -> float:
     return head_dim**-0.5
-
-
-def _precision(qkv: Tensor) -> str:
-    """float32 products are exact: Triton's default would round their operands to tf32."""
-    return "ieee" if qkv.dtype == torch.float32 else "tf32"
 
 
 # --- custom ops

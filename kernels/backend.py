@@ -23,6 +23,7 @@ __all__ = [
     "BackendUnavailable",
     "capability",
     "describe",
+    "dot_precision",
     "jit",
     "launch",
     "require",
@@ -61,6 +62,15 @@ def launch(kernel, num_programs: int, tensor: torch.Tensor, *arguments, **option
         return
     with torch.cuda.device_of(tensor):
         kernel[(num_programs,)](tensor, *arguments, enable_fp_fusion=True, **options)
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """How `tl.dot` multiplies operands of this tensor's dtype on its device; it matters for float32 alone.
+
+    Three tf32 products make up a float32 one to about 2**-21 on NVIDIA's tensor cores; exact products there spill
+    registers heavily (kernels/README.md). Triton's own default, one tf32 product, is good to 2**-11 only.
+    """
+    return "tf32x3" if tensor.dtype == torch.float32 and capability(tensor.device)[0].isdigit() else "ieee"
 
 
 def require(backend: Backend) -> None:

@@ -497,7 +497,7 @@ def regime(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Literal["short
     """
     if num_tokens > LONGEST or head_dim not in HEAD_DIMS:
         return "sdpa"
-    longest = (32 if head_dim > 64 else 64) if dtype == torch.float32 else (64 if head_dim > 64 else 128)
+    longest = 32 if dtype == torch.float32 else 64 if head_dim > 64 else 128
     return "short" if num_tokens <= longest else "tiled"
 
 
@@ -509,23 +509,20 @@ def shape_class(num_tokens: int, head_dim: int) -> str:
 
 def default_short(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Short:
     """The least tile that holds a sequence; very short ones share a tile of 64 rows."""
-    if num_tokens <= 16:
-        rows, tail = 64, 0
-    else:
-        rows, tail = next(tile for tile in ((32, 0), (64, 0), (64, 16), (64, 32), (128, 0)) if num_tokens <= sum(tile))
-    num_warps = {32: 2, 64: 4, 128: 8}[rows]
-    if dtype == torch.float32 and rows == 64:
-        num_warps = 8
-    return Short(rows, tail, 1, num_warps, 1)
+    tiles = ((32, 0), (64, 0), (64, 16), (128, 0))
+    rows, tail = (64, 0) if num_tokens <= 16 else next(tile for tile in tiles if num_tokens <= sum(tile))
+    if dtype == torch.float32:
+        return Short(32, 0, 1, 4 if head_dim <= 64 else 8, 1)
+    return Short(rows, tail, 1, {32: 2, 64: 4, 128: 8}[rows], 1)
 
 
 def default_tiled(head_dim: int, dtype: torch.dtype, backward: bool) -> Tiled:
-    """Blocks that fit the chip; float32 takes four times the room of the 16-bit types with its exact products."""
+    """Blocks whose values stay in registers; float32 takes several times the room of the 16-bit types."""
     if dtype == torch.float32:
-        return Tiled(32, 32, 4, 1) if head_dim > 64 else Tiled(64, 32, 4, 1)
-    if backward:
-        return Tiled(64, 64, 4, 2) if head_dim <= 64 else Tiled(64, 64, 8, 1)
-    return Tiled(64, 64, 4, 3) if head_dim <= 64 else Tiled(64, 64, 4, 2)
+        return Tiled(16, 16, 4, 1) if head_dim > 64 else Tiled(16, 32, 4, 1)
+    if head_dim > 64:
+        return Tiled(64, 64, 8, 1) if backward else Tiled(64, 64, 4, 2)
+    return Tiled(64, 64, 4, 2 if backward else 3)
 
 
 def launch_forward(

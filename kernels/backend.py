@@ -76,11 +76,13 @@ def dot_precision(tensor: torch.Tensor) -> str:
 def require(backend: Backend) -> None:
     """Check a wish before any tensor exists.
 
-    Raises ValueError for an unknown name, BackendUnavailable for one that can run on no device of this machine.
+    Raises ValueError for an unknown name, BackendUnavailable for one that this machine can't run: on its GPU or,
+    without one, on the CPU.
     """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend = {backend!r}: must be 'auto', 'triton' or 'reference'")
-    if backend == "triton" and not torch.cuda.is_available() and (reason := _why_not_triton("cpu", None)):
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend == "triton" and (reason := _why_not_triton(here, None)):
         raise BackendUnavailable(f"backend = 'triton': {reason}; use 'auto' or 'reference'")
 
 

@@ -23,8 +23,14 @@ Configuration = TypeVar("Configuration", bound=NamedTuple)
 def configuration(
     kernel: str, shape_class: str, dtype: torch.dtype, device: torch.device, default: Configuration
 ) -> Configuration:
-    """The measured configuration of a kernel for this GPU, shape class and dtype, else `default`."""
+    """The measured configuration of a kernel for this GPU, shape class and dtype, else `default`.
+
+    A field that the entry leaves out is that of `default`; one that `default` doesn't have raises ValueError.
+    """
     fields = table().get(capability(device), {}).get(kernel, {}).get(shape_class, {}).get(_name(dtype), {})
+    if unknown := fields.keys() - set(default._fields):
+        place = f"{TABLE.name}: {capability(device)}: {kernel}: {shape_class}: {_name(dtype)}"
+        raise ValueError(f"{place}: unknown {', '.join(sorted(unknown))}: fields are {', '.join(default._fields)}")
     return default._replace(**fields)
 
 

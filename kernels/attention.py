@@ -90,17 +90,17 @@ def _allowed(query_rows, key_rows, key_valid, num_tokens, PACKED: tl.constexpr):
 @jit
 def _softmax(q, k, k_t, allowed, allowed_t, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """exp2(S - row maximum) for both tiles of keys and 1 / row sum; all zeros where a query sees no key."""
-    s = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+    s = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
     top = tl.max(s, 1)
     if TAIL:
-        s_t = tl.where(allowed_t, tl.dot(q, tl.trans(k_t), input_precision=PRECISION) * scale, float("-inf"))
+        s_t = tl.where(allowed_t, tl.dot(q, tl.trans(k_t), input_precision=PRECISION), float("-inf"))
         top = tl.maximum(top, tl.max(s_t, 1))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(s - top[:, None])
+    top = tl.where(top == float("-inf"), 0.0, top * scale)
+    p = tl.exp2(s * scale - top[:, None])  # the scale comes in here: one fused multiply-add for both
     total = tl.sum(p, 1)
     p_t = p
     if TAIL:
-        p_t = tl.exp2(s_t - top[:, None])
+        p_t = tl.exp2(s_t * scale - top[:, None])
         total += tl.sum(p_t, 1)
     return p, p_t, 1.0 / tl.where(total == 0.0, 1.0, total)
 
@@ -116,8 +116,10 @@ def _attend(q, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL: tl.constexpr, PR
 
 
 @jit
-def _score_gradients(q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """P and dS of one tile of queries, for both tiles of keys."""
+def _score_gradients(
+    q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, natural, TAIL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """P and dS / sqrt(D) of one tile of queries, for both tiles of keys."""
     p, p_t, inverse = _softmax(q, k, k_t, allowed, allowed_t, scale, TAIL, PRECISION)
     p *= inverse[:, None]
     d_p = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
@@ -127,8 +129,8 @@ def _score_gradients(q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL: tl
         p_t *= inverse[:, None]
         d_p_t = tl.dot(d_o, tl.trans(v_t), input_precision=PRECISION)
         delta += tl.sum(p_t * d_p_t, 1)
-        d_s_t = p_t * (d_p_t - delta[:, None])
-    d_s = p * (d_p - delta[:, None])
+        d_s_t = p_t * (d_p_t - delta[:, None]) * natural
+    d_s = p * (d_p - delta[:, None]) * natural
     return p.to(q.dtype), p_t.to(q.dtype), d_s.to(q.dtype), d_s_t.to(q.dtype)
 
 
@@ -249,30 +251,34 @@ def short_backward(
             d_o_t = _load(incoming, rows_t, columns, valid_t, width, D)
             keys_t = _valid_keys(key_mask, first, rows_t, valid_t, MASKED)
             allowed_t = _allowed(rows, rows_t, keys_t, num_tokens, PACKED)
-            p, p_t, d_s, d_s_t = _score_gradients(q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL, PRECISION)
+            p, p_t, d_s, d_s_t = _score_gradients(
+                q, d_o, k, v, k_t, v_t, allowed, allowed_t, scale, natural, TAIL, PRECISION
+            )
             allowed = _allowed(rows_t, rows, keys, num_tokens, PACKED)
             allowed_t = _allowed(rows_t, rows_t, keys_t, num_tokens, PACKED)
             # Those of the tail of queries: e for P, f for dS.
-            e, e_t, f, f_t = _score_gradients(q_t, d_o_t, k, v, k_t, v_t, allowed, allowed_t, scale, TAIL, PRECISION)
+            e, e_t, f, f_t = _score_gradients(
+                q_t, d_o_t, k, v, k_t, v_t, allowed, allowed_t, scale, natural, TAIL, PRECISION
+            )
             # One product after the other, stored at once: few accumulators live at a time.
             d_q = tl.dot(d_s_t, k_t, tl.dot(d_s, k, input_precision=PRECISION), input_precision=PRECISION)
-            _store(target, rows, columns, valid, 3 * width, d_q * natural, D)
+            _store(target, rows, columns, valid, 3 * width, d_q, D)
             d_q = tl.dot(f_t, k_t, tl.dot(f, k, input_precision=PRECISION), input_precision=PRECISION)
-            _store(target, rows_t, columns, valid_t, 3 * width, d_q * natural, D)
+            _store(target, rows_t, columns, valid_t, 3 * width, d_q, D)
             d_k = _transposed_products(d_s, q, f, q_t, PRECISION)
-            _store(target + width, rows, columns, valid, 3 * width, d_k * natural, D)
+            _store(target + width, rows, columns, valid, 3 * width, d_k, D)
             d_k = _transposed_products(d_s_t, q, f_t, q_t, PRECISION)
-            _store(target + width, rows_t, columns, valid_t, 3 * width, d_k * natural, D)
+            _store(target + width, rows_t, columns, valid_t, 3 * width, d_k, D)
             d_v = _transposed_products(p, d_o, e, d_o_t, PRECISION)
             _store(target + 2 * width, rows, columns, valid, 3 * width, d_v, D)
             d_v = _transposed_products(p_t, d_o, e_t, d_o_t, PRECISION)
             _store(target + 2 * width, rows_t, columns, valid_t, 3 * width, d_v, D)
         else:
-            p, p_t, d_s, d_s_t = _score_gradients(q, d_o, k, v, k, v, allowed, allowed, scale, TAIL, PRECISION)
+            p, p_t, d_s, d_s_t = _score_gradients(q, d_o, k, v, k, v, allowed, allowed, scale, natural, TAIL, PRECISION)
             d_q = tl.dot(d_s, k, input_precision=PRECISION)
-            _store(target, rows, columns, valid, 3 * width, d_q * natural, D)
+            _store(target, rows, columns, valid, 3 * width, d_q, D)
             d_k = tl.dot(tl.trans(d_s), q, input_precision=PRECISION)
-            _store(target + width, rows, columns, valid, 3 * width, d_k * natural, D)
+            _store(target + width, rows, columns, valid, 3 * width, d_k, D)
             d_v = tl.dot(tl.trans(p), d_o, input_precision=PRECISION)
             _store(target + 2 * width, rows, columns, valid, 3 * width, d_v, D)
 
@@ -290,15 +296,15 @@ def _pass_keys(
     valid = keys < num_tokens
     k = _load(k_pointer, keys, columns, valid, stride, D)
     v = _load(v_pointer, keys, columns, valid, stride, D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if PARTIAL or MASKED:
         seen = _valid_keys(key_mask, 0, keys, valid, MASKED)
         s = tl.where(seen[None, :], s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale)
     base = new_top
     if MASKED:  # as long as no key was seen
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
@@ -365,11 +371,11 @@ def _pass_keys_backward(
     valid = keys < num_tokens
     k = _load(k_pointer, keys, columns, valid, stride, D)
     v = _load(v_pointer, keys, columns, valid, stride, D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if PARTIAL or MASKED:
         seen = _valid_keys(key_mask, 0, keys, valid, MASKED)
         s = tl.where(seen[None, :], s, float("-inf"))
-    p = tl.exp2(s - lse[:, None])
+    p = tl.exp2(s * scale - lse[:, None])
     d_p = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
     d_s = p * (d_p - delta[:, None])
     return tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
@@ -474,9 +480,10 @@ def tiled_backward_keys(
         # Queries past the end have lse = +inf, and with it p = 0.
         row_lse = tl.load(lse + statistics + queries, mask=present, other=float("inf"))
         row_delta = tl.load(delta + statistics + queries, mask=present, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        s = tl.where(seen[:, None], s, float("-inf"))
-        p = tl.exp2(s - row_lse[None, :])
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if MASKED:
+            s = tl.where(seen[:, None], s, float("-inf"))
+        p = tl.exp2(s * scale - row_lse[None, :])
         d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
         d_s = p * (d_p - row_delta[None, :])
@@ -507,13 +514,21 @@ def shape_class(num_tokens: int, head_dim: int) -> str:
     return f"n{next(bound for bound in bounds if num_tokens <= bound)}_d{head_dim}"
 
 
-def default_short(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Short:
-    """The least tile that holds a sequence; very short ones share a tile of 64 rows."""
-    tiles = ((32, 0), (64, 0), (64, 16), (128, 0))
-    rows, tail = (64, 0) if num_tokens <= 16 else next(tile for tile in tiles if num_tokens <= sum(tile))
+def default_short(num_tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> Short:
+    """The tile that takes the fewest instructions a sequence without spilling registers (README, "Tiles")."""
+    narrow = head_dim <= 64
     if dtype == torch.float32:
-        return Short(32, 0, 1, 4 if head_dim <= 64 else 8, 1)
-    return Short(rows, tail, 1, {32: 2, 64: 4, 128: 8}[rows], 1)
+        return Short(32, 0, 1, 4 if narrow else 8, 1)
+    tiles = {
+        16: Short(16, 0, 1, 1, 1),
+        32: Short(32, 0, 1, 1 if narrow else 2, 1),
+        48: Short(32, 16, 1, 2 if narrow else 4, 1),
+        64: Short(64, 0, 1, 4, 1),
+        80: Short(64, 16, 1, 4, 1),
+        96: Short(128, 0, 1, 8, 1) if backward else Short(64, 32, 1, 4, 1),
+        128: Short(128, 0, 1, 8 if backward else 4, 1),
+    }
+    return next(tile for bound, tile in tiles.items() if num_tokens <= bound)
 
 
 def default_tiled(head_dim: int, dtype: torch.dtype, backward: bool) -> Tiled:
@@ -533,7 +548,7 @@ def launch_forward(
     B, N, W, D = shape
     out = torch.empty(B, N, W, dtype=qkv.dtype, device=qkv.device)
     if regime(N, D, qkv.dtype) == "short":
-        config = config or _configured("attention_short_forward", default_short(N, D, qkv.dtype), N, D, qkv)
+        config = config or _configured("attention_short_forward", default_short(N, D, qkv.dtype, False), N, D, qkv)
         _launch_short(short_forward, config, num_heads, shape, (qkv, key_mask, out), (_scale(D) * LOG2E,))
         return out, torch.empty(0, dtype=torch.float32, device=qkv.device)
     lse = torch.empty(B, num_heads, N, dtype=torch.float32, device=qkv.device)
@@ -559,7 +574,7 @@ def launch_backward(
     d_qkv = torch.empty_like(qkv)
     scales = (_scale(D) * LOG2E, _scale(D))
     if regime(N, D, qkv.dtype) == "short":
-        config = config or _configured("attention_short_backward", default_short(N, D, qkv.dtype), N, D, qkv)
+        config = config or _configured("attention_short_backward", default_short(N, D, qkv.dtype, True), N, D, qkv)
         _launch_short(short_backward, config, num_heads, shape, (qkv, key_mask, grad, d_qkv), scales)
         return d_qkv
     delta = torch.empty_like(lse)

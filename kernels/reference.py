@@ -94,6 +94,11 @@ def restore_tokens(tokens: Tensor, masking: Masking, mask_token: Tensor, positio
     return (torch.cat([prefix, patches], dim=1).to(dtype) + positions.to(dtype)).to(tokens.dtype)
 
 
+def select_masked_tokens(tokens: Tensor, masking: Masking, num_prefix: int) -> Tensor:
+    """See `patch_masking.select_masked_tokens`."""
+    return select_rows(tokens[:, num_prefix:], masking.ids_masked)
+
+
 def masked_patch_loss(
     prediction: Tensor, spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], normalize: bool
 ) -> Tensor:

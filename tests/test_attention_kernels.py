@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from msm_kernels import attention as subject
-from msm_kernels import reference
-from msm_kernels.attention import Short, Tiled, attention, launch_backward, launch_forward, regime, shape_class
+from msm_kernels import attention_short, reference
+from msm_kernels.attention import attention, launch_backward, launch_forward, regime, shape_class
+from msm_kernels.attention_short import Short
+from msm_kernels.attention_tiled import Tiled
 from msm_kernels.backend import BackendUnavailable
 from tests.kernel_checks import DEVICE, DOT_DTYPES, MARKS, ON_GPU, draw, poison_new_tensors, relative_error
 
@@ -240,7 +242,7 @@ def test_every_short_sequence_fits_its_default_tile():
                 assert shape_class(N, D)
                 if regime(N, D, dtype) == "short":
                     for backward in (False, True):
-                        config = subject.default_short(N, D, dtype, backward)
+                        config = attention_short.default(N, D, dtype, backward)
                         assert config.rows + config.tail >= N
 
 

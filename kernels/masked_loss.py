@@ -61,14 +61,14 @@ def _errors(
     num_columns = num_frames // PW
     corner = (patch // num_columns) * (PH * num_frames) + (patch % num_columns) * PW
     corner += (rows // num_masked).to(tl.int64) * (num_bands * num_frames)
-    sources = spectrogram + corner + (pixels // PW) * num_frames + pixels % PW
+    sources = corner + (pixels // PW) * num_frames + pixels % PW
     if PW < 4:
         # In such a patch few pixels lie side by side, but the next masked patch is near: threads go along the
         # rows of a transposed tile, which they do where the compiler knows of no contiguity.
         sources = tl.max_contiguous(tl.trans(sources), [1, 1])
-        target = tl.trans(tl.load(sources, mask=tl.trans(inside), other=0.0)).to(tl.float32)
+        target = tl.trans(tl.load(spectrogram + sources, mask=tl.trans(inside), other=0.0)).to(tl.float32)
     else:
-        target = tl.load(sources, mask=inside, other=0.0).to(tl.float32)
+        target = tl.load(spectrogram + sources, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         # Taken from the patch's first pixel, so that a constant patch, silence, gives zeros to the last bit.
         pivot = tl.load(spectrogram + corner, mask=rows < num_rows, other=0.0).to(tl.float32)

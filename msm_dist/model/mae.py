@@ -25,6 +25,7 @@ from msm_kernels.patch_masking import (
     masking_from_keep,
     random_masking,
     restore_tokens,
+    select_masked_tokens,
 )
 
 TOKEN_STD = 0.02
@@ -193,8 +194,7 @@ class Decoder(nn.Module):
         x = restore_tokens(x, masking, self.mask_token, self.positions(), self.num_prefix, self.backend)
         for block in self.blocks:
             x = block(x)
-        masked = masking.ids_masked.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        x = x[:, self.num_prefix :].gather(1, masked)  # [B, M, E]: pixels of visible patches aren't needed
+        x = select_masked_tokens(x, masking, self.num_prefix, self.backend)  # [B, M, E]: the others aren't scored
         return self.pred(self.norm(x))
 
 

@@ -131,7 +131,7 @@ def test_an_amd_gpu_is_named_by_its_architecture(machine, monkeypatch):
     class Properties(NamedTuple):
         gcnArchName: str = "gfx942:sramecc+:xnack-"
 
-    machine(gpu=(9, 4), hip="6.4")
+    machine(gpu=(7, 0), hip="6.4")  # AMD's numbers are its own: no bound of NVIDIA's holds for them
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
     assert capability(GPU) == "gfx942"
     assert resolve("auto", GPU) == "triton"
@@ -277,6 +277,9 @@ def test_an_entry_of_another_gpu_kernel_shape_or_dtype_does_not(machine, table):
     )
     assert ask() == DEFAULT
     table({})
+    assert ask() == DEFAULT
+    machine(gpu=(8, 0))
+    table({"9.0": {"loss": {"16x16": {"bfloat16": entry}}}})
     assert ask() == DEFAULT
 
 

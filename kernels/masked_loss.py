@@ -36,7 +36,7 @@ UNSPECIALIZED = ["num_rows", "num_masked", "num_bands"]
 
 
 @jit
-def _errors(
+def loss_errors(
     prediction,  # [B * M, P]
     spectrogram,  # [B, F, T]
     ids_masked,  # [B * M]
@@ -81,7 +81,7 @@ def _errors(
 
 
 @jit(do_not_specialize=UNSPECIALIZED)
-def _forward_kernel(
+def loss_forward_kernel(
     prediction,
     spectrogram,
     ids_masked,
@@ -98,7 +98,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    error, _, _ = _errors(
+    error, _, _ = loss_errors(
         prediction, spectrogram, ids_masked, rows, num_rows, num_masked, num_bands, num_frames,
         PH, PW, PIXELS, NORMALIZE, EPSILON,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=UNSPECIALIZED)
-def _backward_kernel(
+def loss_backward_kernel(
     prediction,
     spectrogram,
     ids_masked,
@@ -125,7 +125,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    error, places, inside = _errors(
+    error, places, inside = loss_errors(
         prediction, spectrogram, ids_masked, rows, num_rows, num_masked, num_bands, num_frames,
         PH, PW, PIXELS, NORMALIZE, EPSILON,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def launch_forward(
     config = config or _configuration("masked_loss_forward", prediction, patch_size)
     num_programs = -(-ids_masked.numel() // config.rows)
     shares = torch.empty(num_programs, dtype=torch.float32, device=prediction.device)
-    _launch(_forward_kernel, (prediction, spectrogram, ids_masked, shares), patch_size, normalize, config)
+    _launch(loss_forward_kernel, (prediction, spectrogram, ids_masked, shares), patch_size, normalize, config)
     return shares.sum()
 
 
@@ -179,7 +179,7 @@ def launch_backward(
     config = config or _configuration("masked_loss_backward", prediction, patch_size)
     d_prediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
     tensors = (prediction, spectrogram, ids_masked, d_loss, d_prediction)
-    _launch(_backward_kernel, tensors, patch_size, normalize, config)
+    _launch(loss_backward_kernel, tensors, patch_size, normalize, config)
     return d_prediction
 
 

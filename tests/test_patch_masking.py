@@ -13,6 +13,7 @@ from msm_kernels.patch_masking import (
     masking_from_keep,
     random_masking,
     restore_tokens,
+    select_masked_tokens,
 )
 
 # Known-answer vectors of Random123 for philox4x32-10: counter words, key words, output words.
@@ -208,6 +209,21 @@ def test_restored_positions_are_added_before_rounding():
     assert restored[0, 0].item() == 3.0
 
 
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_masked_tokens_are_selected_in_their_order(num_prefix):
+    masking = masking_from_keep(torch.tensor([[0, 3], [2, 4]]), 5)
+    tokens = torch.arange(2 * (num_prefix + 5) * 3, dtype=torch.float64).reshape(2, -1, 3).requires_grad_()
+    selected = select_masked_tokens(tokens, masking, num_prefix)
+    rows = [[1, 2, 4], [0, 1, 3]]
+    for clip, places in enumerate(rows):
+        assert torch.equal(selected[clip], tokens[clip, [num_prefix + place for place in places]])
+    (gradient,) = torch.autograd.grad(selected.sum(), tokens)
+    expected = torch.zeros_like(tokens)
+    for clip, places in enumerate(rows):
+        expected[clip, [num_prefix + place for place in places]] = 1
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -257,3 +273,19 @@ def test_restoring_refuses_shapes_that_disagree(change, message):
     arguments |= {"positions": torch.zeros(4, 4), "masking": masking, "num_prefix": 1}
     with pytest.raises(ValueError, match=message):
         restore_tokens(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokens": torch.zeros(1, 3, 4)}, r"tokens is \[1, 3, 4\]: must be \[1, 4, 4\]"),
+        ({"tokens": torch.zeros(4, 4)}, "tokens is"),
+        ({"num_prefix": 0}, "tokens is"),
+        ({"masking": reference.Masking(*(torch.zeros(1, size).long() for size in (2, 2, 3)))}, "ids_masked is"),
+    ],
+)
+def test_selecting_refuses_shapes_that_disagree(change, message):
+    arguments = {"tokens": torch.zeros(1, 4, 4), "num_prefix": 1}
+    arguments |= {"masking": masking_from_keep(torch.tensor([[0, 2]]), 3)}
+    with pytest.raises(ValueError, match=message):
+        select_masked_tokens(**(arguments | change))

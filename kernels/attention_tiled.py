@@ -225,8 +225,8 @@ def tiled_backward_keys(
         present = queries < num_tokens
         q = load_rows(source, queries, columns, present, 3 * width, D)
         d_o = load_rows(incoming, queries, columns, present, width, D)
-        # Queries past the end have lse = +inf, and with it p = 0.
-        row_lse = tl.load(lse + statistics + queries, mask=present, other=float("inf"))
+        # Queries past the end have q = dO = 0 and add nothing.
+        row_lse = tl.load(lse + statistics + queries, mask=present, other=0.0)
         row_delta = tl.load(delta + statistics + queries, mask=present, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if MASKED:

@@ -10,7 +10,7 @@ from msm_dist.engine.checkpoint import Saved, checkpoint_name
 from msm_dist.engine.world import World
 from msm_dist.environment import device_name
 from msm_dist.monitor import read_metrics
-from msm_kernels.backend import resolve
+from msm_kernels.backend import describe
 
 
 def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int, saved: Saved | None) -> str:
@@ -19,7 +19,7 @@ def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int,
         f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
         f"to step {corpus.total_steps}",
         f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, "
-        f"ZeRO {cfg.engine.zero_stage}, {resolve(cfg.model.backend, world.device)} kernels",
+        f"ZeRO {cfg.engine.zero_stage}, {describe(cfg.model.backend, world.device)}",
         f"model      {num_parameters / 1e6:.2f} M parameters, {cfg.num_keep} of {cfg.num_patches} patches visible",
         f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",

@@ -40,7 +40,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-gpu lint doctor clean
+.PHONY: help setup pretrain test test-aot test-gpu lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -82,6 +82,10 @@ test-gpu: ready ## run the tests that need a GPU; says so where there is none
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
 	else echo "test-gpu: there is no GPU: skipped"; fi
+
+# One variant of each kernel for every GPU: make test-aot PYTEST_ARGS="-k one_variant"
+test-aot: ready ## compile every variant of every kernel for four GPUs; needs none of them, takes long
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m aot tests/test_aot.py $(PYTEST_ARGS)
 
 lint: ready ## check style and formatting
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 #   VENV=0              no .venv: PYTHON and its packages as they are, without touching a network
 #   TORCH_INDEX=URL     take torch from this wheel index (a CPU build, another CUDA)
 #   PYTEST_ARGS=...     passed to pytest
+#   BENCH_ARGS=...      passed to the benchmarks: --minutes 2, --out FOLDER
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # With VENV=0: the packages that a target needs; empty is all of setup.py.
 NEEDS :=
 
@@ -40,7 +42,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-aot test-gpu lint doctor clean
+.PHONY: help setup pretrain test test-aot test-gpu bench tune gpu-session lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,11 +79,23 @@ pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.jso
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 
-test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml deepspeed safetensors pytest pytest-timeout hypothesis
+# Without deepspeed the tests of the engine are left out and named; `bench` says that plain AdamW took its place.
+test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml safetensors pytest pytest-timeout hypothesis
 test-gpu: ready ## run the tests that need a GPU; says so where there is none
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
 	else echo "test-gpu: there is no GPU: skipped"; fi
+
+bench tune: NEEDS := torch numpy triton pydantic pyyaml safetensors
+bench: ready ## kernels and training step against what a user would pick instead; says so where there is no GPU
+	@code=0; $(PY) -m benchmarks.kernels $(BENCH_ARGS) || code=$$?; \
+	$(PY) -m benchmarks.step $(BENCH_ARGS) || code=$$?; exit $$code
+
+tune: ready ## measure launch configurations on this GPU and write kernels/configurations.json
+	@$(PY) -m benchmarks.kernels --tune $(BENCH_ARGS)
+
+gpu-session: ready ## test-gpu, bench and a short training run in under 8 minutes, logged in OUT=folder
+	@PYTHON=$(PY) benchmarks/gpu_session.sh
 
 # One variant of each kernel for every GPU: make test-aot PYTEST_ARGS="-k one_variant"
 test-aot: ready ## compile every variant of every kernel for four GPUs; needs none of them, takes long

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What needs a GPU, in one command of under 8 minutes: the tests, the benchmarks, a short training run.
+#   OUT=FOLDER      where logs and results go: at most 8 files (benchmarks/results/session)
+#   PYTHON=python3  the interpreter, with its packages as they are: no network is touched
+#   WHEELS=FOLDER   wheels of packages that the interpreter lacks, used for this command only
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results/session}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$work/site" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu-session: there is no GPU: skipped"
+  exit 0
+fi
+
+failed=0
+# part NAME SECONDS COMMAND...: run it with a limit, log it, go on to the next in any case.
+part() {
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  echo "=== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  tail -n 40 "$out/$name.log"
+  echo "=== $name: exit code $code after $((SECONDS - start)) s (limit $limit s)" | tee -a "$work/summary"
+  [ "$code" -eq 0 ] || failed=1
+}
+
+{
+  date -u
+  nvidia-smi
+  "$python" -m pip list --disable-pip-version-check
+  command -v compute-sanitizer ncu nvcc
+} >"$work/environment.txt" 2>&1
+workers=
+"$python" -c 'import xdist' 2>/dev/null && workers="-n 8"
+export PYTHONUNBUFFERED=1
+here=(PYTHON="$python" VENV=0)
+part test-gpu 160 make "${here[@]}" test-gpu PYTEST_ARGS="$workers -q --durations=15"
+part bench 210 make "${here[@]}" bench BENCH_ARGS="--minutes 1.6 --out $out"
+# Made by the two before.
+export PYTHONPATH="$PWD:$PWD/build/importable${PYTHONPATH:+:$PYTHONPATH}"
+part training 90 "$python" -m benchmarks.training --work "$work/training" --out "$out"
+
+mkdir "$work/rest"
+cp "$work/environment.txt" "$work/summary" "$work/rest"
+cp "$work"/training/*.log "$work/rest" 2>/dev/null
+for run in "$work"/training/runs/*/; do
+  mkdir -p "$work/rest/$(basename "$run")"
+  cp "$run"*.json* "$run"*.yaml "$work/rest/$(basename "$run")" 2>/dev/null
+done
+tar -C "$work" -czf "$out/rest.tar.gz" rest
+cat "$work/summary"
+exit "$failed"

@@ -153,10 +153,12 @@ def check(shape: Shape, clips: int, dtype: torch.dtype, device: torch.device, se
     ]
 
 
-def measure(shape: Shape, ceilings: Ceilings, seed: int) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: Shape, ceilings: Ceilings, device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[dict[str, Any]]:
     """A row for every implementation and phase; one that can't run or is wrong has a note instead of a time."""
-    clips, dtype, device = shape.clips, torch.bfloat16, torch.device("cuda")
-    about = {"subject": "attention", "what": shape.what, **shape._asdict(), "clips": clips, "dtype": "bfloat16"}
+    clips = shape.clips
+    about = {"subject": "attention", **shape._asdict(), "clips": clips, "dtype": str(dtype).removeprefix("torch.")}
     working: dict[str, Attention] = {}
     for name, function in implementations(shape).items():
         if note := _fault(name, function, shape, clips, dtype, device, seed):

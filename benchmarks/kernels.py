@@ -10,13 +10,14 @@ nothing is timed and the exit code is 1. Writes benchmarks/results/kernels-<devi
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
-from benchmarks import attention, masking
+from benchmarks import attention, masking, tune
 from benchmarks.measure import (
     RESULTS,
     Budget,
@@ -45,33 +46,33 @@ def main(arguments: Sequence[str]) -> int:
     if say_no_gpu("benchmarks.kernels"):
         return 0
     if options.tune:
-        from benchmarks import tune
-
         return tune.tune(Budget(options.minutes or TUNING_MINUTES))
-    return compare(Budget(options.minutes or MINUTES), options.out)
+    budget = Budget(options.minutes or MINUTES)
+    tune.compile_in_parallel([*tune.all_cases()])
+    return compare(budget, options.out, torch.device("cuda"), torch.bfloat16)
 
 
-def compare(budget: Budget, folder: Path) -> int:
+def compare(budget: Budget, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
     """Check, measure, print, write."""
     seed = torch.seed() % 2**31
     print(f"seed of the inputs: {seed}", flush=True)
-    if report_wrong(check_all(torch.device("cuda"), torch.bfloat16, seed)):
+    if report_wrong(check_all(device, dtype, seed)):
         return 1
-    # The same graph is run backward again and again.
+    # A compiled graph is run backward again and again: its buffers must stay.
     torch._functorch.config.donated_buffer = False
     ceilings = measure_ceilings()
     print(ceilings_line(ceilings), flush=True)
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
-    for number, shape in enumerate(masking.SHAPES):
+    for shape in masking.SHAPES:
         if budget.allows(f"masking path, {shape.what}", SHAPE_SECONDS):
-            found = measured(lambda s=shape, n=number: masking.measure(s, ceilings, seed, compiled=n == 0))
+            found = rows_of(masking.measure(shape, ceilings, device, dtype, seed))
             print(f"\nmasking path, {shape.what}, B = {shape.clips}\n{masking_table(found)}", flush=True)
             rows += found
             targets += masking.targets(shape, found)
     for shape in attention.SHAPES:
         if budget.allows(f"attention, {shape}", SHAPE_SECONDS):
-            found = measured(lambda s=shape: attention.measure(s, ceilings, seed))
+            found = rows_of(attention.measure(shape, ceilings, device, dtype, seed))
             print(f"\nattention, {shape}, B = {shape.clips}: {shape.what}\n{attention_table(found)}", flush=True)
             rows += found
             targets += attention.targets(shape, found)
@@ -108,11 +109,11 @@ def report_wrong(checks: Sequence[Check]) -> bool:
     return bool(wrong)
 
 
-def measured(measure: Callable[[], Any]) -> list[dict[str, Any]]:
-    """All rows of a shape, and the memory given back."""
-    rows = list(measure())
+def rows_of(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows of a shape, and what they took given back."""
+    rows = list(measured)
     torch.cuda.empty_cache()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return rows
 
 

@@ -35,7 +35,7 @@ from msm_kernels.patch_masking import (
     select_masked_tokens,
 )
 
-OURS, EAGER, COMPILED = "triton", "eager", "eager compiled"
+OURS, EAGER, EAGER_COMPILED = "triton", "eager", "eager compiled"
 WHOLE = "whole path"
 DIFFERENTIABLE = ("embed", "restore", "select", "loss")
 SEED = 7
@@ -80,6 +80,8 @@ SHAPES = (
     Shape("base, 80x208", 80, 208, (16, 16), 768, 384, 8192),
     Shape("base, 80x608", 80, 608, (16, 16), 768, 384, 2048),
 )
+COMPILED = SHAPES[:1]
+"""Where the eager chain is also compiled."""
 
 
 @dataclass(frozen=True)
@@ -270,16 +272,18 @@ def check(shape: Shape, clips: int, dtype: torch.dtype, device: torch.device, se
     return checks
 
 
-def measure(shape: Shape, ceilings: Ceilings, seed: int, compiled: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: Shape, ceilings: Ceilings, device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[dict[str, Any]]:
     """A row for every op and for the whole path, forward and backward: time and peak memory."""
-    clips, device = shape.clips, torch.device("cuda")
-    x = draw(shape, clips, torch.bfloat16, device, seed)
+    clips = shape.clips
+    x = draw(shape, clips, dtype, device, seed)
     masking = random_masking(SEED, x.sample_ids, shape.num_patches, shape.num_keep, "triton")
     ours = our_ops(shape, x, masking, "triton")
     usual = eager_ops(shape, x, eager.shuffle(_noise(shape, x), shape.num_keep))
     whole = {OURS: our_path(shape, x), EAGER: eager_path(shape, x, compiled=False)}
-    if compiled:
-        whole[COMPILED] = eager_path(shape, x, compiled=True)
+    if shape in COMPILED:
+        whole[EAGER_COMPILED] = eager_path(shape, x, compiled=True)
     variants = {WHOLE: whole} | {name: {OURS: ours[name], EAGER: usual[name]} for name in ours}
     least, products = bytes_to_move(shape, clips), flops(shape, clips)
     floors = {name: ceilings.floor_ms(least[name], products.get(name, 0)) for name in ours}
@@ -291,7 +295,7 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int, compiled: bool) -> Iter
                 "subject": "masking",
                 "what": shape.what,
                 "clips": clips,
-                "dtype": "bfloat16",
+                "dtype": str(dtype).removeprefix("torch."),
                 "phase": name,
                 "implementation": variant,
                 **timing._asdict(),

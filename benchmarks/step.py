@@ -50,6 +50,7 @@ from msm_dist.model.transformer import Attention, Block
 from msm_dist.model.weights import to_published
 
 MINUTES = 2.2
+SIZE = "base"
 N_MELS = 80
 LR = 1e-4
 TURN_SECONDS, TURNS, WARM_UP_STEPS = 0.8, 2, 3
@@ -93,31 +94,32 @@ def main(arguments: Sequence[str]) -> int:
     if say_no_gpu("benchmarks.step"):
         return 0
     budget = Budget(options.minutes)
+    device = torch.device("cuda")
     with joined_world():
-        wrong = [check for check in check_all(torch.device("cuda"), config("base", 208)) if check.wrong]
+        wrong = [check for check in check_all(device, config(SIZE, 208)) if check.wrong]
         for check in wrong:
             print(f"WRONG: {check.what}: error {check.error:.2e}, tolerance {check.tolerance:.1e}: nothing is timed")
         if wrong:
             return 1
         if options.profile:
             return profile(options.out)
-        return compare(budget, options.out)
+        return compare(budget, options.out, device)
 
 
-def compare(budget: Budget, folder: Path) -> int:
+def compare(budget: Budget, folder: Path, device: torch.device) -> int:
     """Measure, print, write."""
     ceilings = measure_ceilings()
     print(ceilings_line(ceilings), flush=True)
     rows: list[dict[str, Any]] = []
     for setting in SETTINGS:
         if budget.allows(f"80x{setting.frames}", 15):
-            rows += measure(setting, ceilings, budget)
+            rows += measure(setting, ceilings, budget, device)
             torch.cuda.empty_cache()
     targets = all_targets(rows)
     content = {
         "engine": "DeepSpeed ZeRO-1" if has_deepspeed() else "plain AdamW",
         "ceilings": ceilings._asdict(),
-        "forward_gflop_per_clip": {f"80x{s.frames}": gflop_parts(config("base", s.frames)) for s in SETTINGS},
+        "forward_gflop_per_clip": {f"80x{s.frames}": gflop_parts(config(SIZE, s.frames)) for s in SETTINGS},
         "targets": [target.record() for target in targets],
         "left_out": budget.left_out,
         "rows": rows,
@@ -127,21 +129,19 @@ def compare(budget: Budget, folder: Path) -> int:
     return 0
 
 
-def measure(setting: Setting, ceilings: Ceilings, budget: Budget) -> list[dict[str, Any]]:
+def measure(setting: Setting, ceilings: Ceilings, budget: Budget, device: torch.device) -> list[dict[str, Any]]:
     """A row for every micro-batch and variant, timed in turn."""
-    cfg = config("base", setting.frames)
+    cfg = config(SIZE, setting.frames)
     names = [OURS, REFERENCE, EAGER]
     if setting.compiled:
         names += [name for name in (SDPA_COMPILED, OURS_COMPILED) if budget.allows(name, COMPILE_SECONDS)]
-    variants: dict[str, Variant] = {}
-    for name in names:
-        variants[name] = build(name, cfg)
+    variants = {name: build(name, cfg, device) for name in names}
     rows = []
     for number, micro_batch in enumerate(setting.micro_batches):
         chosen = {name: v for name, v in variants.items() if number == 0 or name in (OURS, REFERENCE, EAGER)}
         if number and not budget.allows(f"80x{setting.frames}, micro-batch {micro_batch}", 8):
             continue
-        for name, found in take_turns(chosen, cfg, micro_batch).items():
+        for name, found in take_turns(chosen, [draw(cfg, micro_batch, seed, device) for seed in range(2)]).items():
             row = {"subject": "step", "frames": setting.frames, "micro_batch": micro_batch, "implementation": name}
             if "ms" in found:
                 clips_per_second = 1e3 * micro_batch / found["ms"]
@@ -152,9 +152,8 @@ def measure(setting: Setting, ceilings: Ceilings, budget: Budget) -> list[dict[s
     return rows
 
 
-def take_turns(variants: dict[str, Variant], cfg: Config, micro_batch: int) -> dict[str, dict[str, Any]]:
+def take_turns(variants: dict[str, Variant], batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, Any]]:
     """ms a step (the median of the turns, A B A B), spread and peak memory of each variant; or why there is none."""
-    batches = [draw(cfg, micro_batch, seed) for seed in range(2)]
     found: dict[str, dict[str, Any]] = {}
     turns: dict[str, list[float]] = {}
     for name, variant in variants.items():
@@ -191,10 +190,9 @@ def run_steps(variant: Variant, batches: Sequence[tuple[Tensor, Tensor]], steps:
     return (time.perf_counter() - start) / steps
 
 
-def build(name: str, cfg: Config) -> Variant:
+def build(name: str, cfg: Config, device: torch.device) -> Variant:
     """A variant with the weights of seed 0."""
     before = torch.cuda.memory_allocated()
-    device = torch.device("cuda")
     if name == EAGER:
         variant = Variant(eager_step(eager_model(cfg).to(device), cfg))
     else:
@@ -326,7 +324,7 @@ def use_sdpa(model: nn.Module) -> None:
             part.forward = types.MethodType(forward, part)
 
 
-def draw(cfg: Config, clips: int, seed: int, device: str = "cuda") -> tuple[Tensor, Tensor]:
+def draw(cfg: Config, clips: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random spectrograms [B, 1, F, T] and sample_ids [B, 3]."""
     generator = torch.Generator(device).manual_seed(seed)
     spectrogram = torch.randn(clips, 1, N_MELS, cfg.data.crop_frames, generator=generator, device=device)
@@ -335,7 +333,7 @@ def draw(cfg: Config, clips: int, seed: int, device: str = "cuda") -> tuple[Tens
 
 def check_all(device: torch.device, cfg: Config) -> list[Check]:
     """Losses and gradients of the models that are timed, before any step, against the reference in float32."""
-    spectrogram, sample_ids = draw(cfg, CHECK_CLIPS, int(torch.seed() % 2**31), device.type)
+    spectrogram, sample_ids = draw(cfg, CHECK_CLIPS, torch.seed() % 2**31, device)
     exact = our_model(cfg, "reference").to(device)
     output = exact(spectrogram, sample_ids)
     output.loss.backward()
@@ -434,9 +432,9 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def profile(folder: Path, steps: int = 3, longest: int = 25) -> int:
     """The kernels that take most of our step."""
-    cfg = config("base", 208)
-    variant = build(OURS, cfg)
-    batches = [draw(cfg, 1024, 0)]
+    cfg, device = config(SIZE, 208), torch.device("cuda")
+    variant = build(OURS, cfg, device)
+    batches = [draw(cfg, 1024, 0, device)]
     run_steps(variant, batches, WARM_UP_STEPS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         run_steps(variant, batches, steps)

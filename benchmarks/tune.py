@@ -28,7 +28,7 @@ from msm_dist.files import write_atomically
 from msm_kernels import attention as attention_kernels
 from msm_kernels import configurations, reference
 
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MOST_CANDIDATES = 48
 CHECKED_CLIPS = 24
 WORKER_BYTES = 8e9  # of device memory, at most, for a process that compiles: some kernels are others at full size
@@ -36,7 +36,7 @@ FINALISTS = 3
 WORTH = 0.99
 """A configuration replaces the default if it takes less than this share of the default's time."""
 KERNEL_SECONDS = 20.0
-WARPS, STAGES, LOOPS = (1, 2, 4, 8, 16), (1, 2, 3, 4), (1, 2, 4, 8)
+WARPS, STAGES, LOOPS, ROWS = (1, 2, 4, 8, 16), (1, 2, 3, 4), (1, 2, 4, 8), (16, 32, 64, 128)
 LARGEST_BLOCK = 256
 
 
@@ -74,31 +74,30 @@ class Subject(NamedTuple):
 
 def tune(budget: Budget, path: Path = configurations.TABLE) -> int:
     """Measure, choose, check, write; the exit code."""
-    device = torch.device("cuda")
-    found = subjects(device)
+    found = subjects()
     print(f"{len(found)} kernels and shape classes", flush=True)
     chosen: dict[tuple[str, str, torch.dtype], tuple] = {}
-    memory = torch.cuda.get_device_properties(device).total_memory
+    memory = torch.cuda.get_device_properties(DEVICE).total_memory
     workers = max(1, min(16, os.cpu_count() or 1, int(0.7 * memory / WORKER_BYTES)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for subject in found:
             asked = subject.asked
             if budget.allows(f"{asked.kernel} {asked.shape_class}", KERNEL_SECONDS):
-                chosen[asked.key] = choose(subject, pool, device)
-    capability = configurations.capability(device)
+                chosen[asked.key] = choose(subject, pool)
+    capability = configurations.capability(DEVICE)
     about = {name: value for name, value in environment().items() if name not in ("capability", "deepspeed")}
     table = merged(json.loads(path.read_text(encoding="utf-8")), capability, about, chosen)
     from benchmarks.kernels import check_all, report_wrong
 
     with answering(lambda asked: chosen.get(asked.key, asked.default)):
-        if report_wrong(check_all(device, DTYPE, torch.seed() % 2**31)):
+        if report_wrong(check_all(DEVICE, DTYPE, torch.seed() % 2**31)):
             return 1
     write_table(table, path)
     print(f"written: {path}, {len(chosen)} entries for capability {capability}", flush=True)
     return 0
 
 
-def subjects(device: torch.device) -> list[Subject]:
+def subjects() -> list[Subject]:
     """Every kernel that the shapes use, found by listening to what the launchers ask."""
     found: dict[tuple[str, str, torch.dtype], Subject] = {}
     for case in all_cases():
@@ -108,7 +107,7 @@ def subjects(device: torch.device) -> list[Subject]:
             heard.append(asked)
             return asked.default
 
-        call = prepare(case, CHECKED_CLIPS, device)
+        call = prepare(case, CHECKED_CLIPS)
         with answering(listen):
             call()
         for asked in dict.fromkeys(heard):
@@ -128,27 +127,27 @@ def all_cases() -> Iterator[Case]:
             yield Case(shape, op, "backward")
 
 
-def choose(subject: Subject, pool: ProcessPoolExecutor, device: torch.device) -> tuple:
+def choose(subject: Subject, pool: ProcessPoolExecutor) -> tuple:
     """The fastest right configuration of one kernel."""
     asked, cases = subject
     least = max((tokens for case in cases for tokens in lengths(case)), default=0)
     tried = candidates(asked.default, least)
-    compiled = list(pool.map(partial(compile_one, asked, cases), tried))
+    compiled = list(pool.map(partial(compile_configured, asked, cases), tried))
     right = []
     for config, fault in zip(tried, compiled, strict=True):
-        fault = fault or wrong(asked, config, cases, device)
+        fault = fault or wrong(asked, config, cases)
         if fault and config == asked.default:
             raise RuntimeError(f"{asked.kernel} {asked.shape_class}: the default {config}: {fault}")
         if fault:
             print(f"  {asked.kernel} {asked.shape_class}: {tuple(config)} skipped: {fault}", flush=True)
         else:
             right.append(config)
-    calls = [prepare(case, case.shape.clips, device) for case in cases]
+    calls = [prepare(case, case.shape.clips) for case in cases]
     rough = relative_times(asked, calls, right, repeat_ms=12)
     finalists = sorted((config for config in right if config != asked.default), key=rough.__getitem__)[:FINALISTS]
     precise = relative_times(asked, calls, [asked.default, *finalists], repeat_ms=60)
     best = fastest(asked.default, precise)
-    if best != asked.default and (fault := wrong(asked, best, cases, device, full=True)):
+    if best != asked.default and (fault := wrong(asked, best, cases, full=True)):
         print(f"  {asked.kernel} {asked.shape_class}: {tuple(best)} wrong at full size: {fault}", flush=True)
         best = asked.default
     print(
@@ -182,23 +181,19 @@ def relative_times(
 
 def candidates(default: tuple, longest: int) -> list[tuple]:
     """Configurations around a default, the nearest first; `longest`: tokens that a tile of attention must hold."""
-    choices = {name: _choices(name, value) for name, value in default._asdict().items()}
-    if holds_sequence := "tail" in choices:
-        # Tiles that hold the longest sequence of the class; a tail only where the default has one.
-        rows = [size for size in (16, 32, 64, 128, 256) if longest <= size <= max(4 * default.rows, 128)]
-        choices["rows"], choices["tail"] = sorted({default.rows, *rows}), sorted({default.tail, 0})
+    fields = {name: _choices(name, value) for name, value in default._asdict().items()}
+    if "tail" in fields:
+        del fields["rows"], fields["tail"]
+        settings = [{"rows": rows, "tail": tail} for rows, tail in _tiles(default, longest)]
+    else:
+        settings = [{}]
     every = [
-        default._replace(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+        default._replace(**dict(zip(fields, values, strict=True)), **tile)
+        for values in itertools.product(*fields.values())
+        for tile in settings
     ]
-    if holds_sequence:
-        every = [
-            config
-            for config in every
-            if config.rows + config.tail >= longest
-            and (config.tail == 0 or config.rows == default.rows)
-            # A single pass has nothing to overlap.
-            and (config.loops > 1 or config.num_stages == default.num_stages)
-        ]
+    # A single pass has nothing to overlap.
+    every = [c for c in every if getattr(c, "loops", 2) > 1 or c.num_stages == default.num_stages]
     every.sort(key=lambda config: sum(one != other for one, other in zip(config, default, strict=True)))
     return every[:MOST_CANDIDATES]
 
@@ -213,7 +208,7 @@ def lengths(case: Case) -> list[int]:
     return [same[0], same[-1]]
 
 
-def wrong(asked: Asked, config: tuple, cases: Sequence[Case], device: torch.device, full: bool = False) -> str | None:
+def wrong(asked: Asked, config: tuple, cases: Sequence[Case], full: bool = False) -> str | None:
     """Why results under a configuration are wrong, at the shapes and both ends of their class; none if they are right.
 
     For a few clips or, with `full`, for as many as are timed.
@@ -224,7 +219,7 @@ def wrong(asked: Asked, config: tuple, cases: Sequence[Case], device: torch.devi
             for case in cases:
                 for shape in (case.shape, *(case.shape._replace(tokens=n) for n in lengths(case))):
                     module = attention if isinstance(shape, attention.Shape) else masking
-                    for check in module.check(shape, case.shape.clips if full else CHECKED_CLIPS, DTYPE, device, seed):
+                    for check in module.check(shape, case.shape.clips if full else CHECKED_CLIPS, DTYPE, DEVICE, seed):
                         if check.wrong:
                             return f"{check.what}: error {check.error:.1e}"
         except Exception as fault:  # whatever the compiler or the launch raises
@@ -232,25 +227,39 @@ def wrong(asked: Asked, config: tuple, cases: Sequence[Case], device: torch.devi
     return None
 
 
-def compile_one(asked: Asked, cases: Sequence[Case], config: tuple) -> str | None:
-    """In a process of its own: put the kernels of a configuration into Triton's cache; why it can't be, if so."""
+def compile_in_parallel(cases: Sequence[Case]) -> None:
+    """Put the kernels of some calls into Triton's cache; a fault shows when they are called."""
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for case, fault in zip(cases, pool.map(compile_case, cases), strict=True):
+            if fault:
+                print(f"{case} can't be compiled: {fault}", flush=True)
+
+
+def compile_case(case: Case) -> str | None:
+    """In a process of its own: put the kernels of a call into Triton's cache; why it can't be, if so."""
     try:
-        with answering(partial(_override, asked, config)):
-            for case in cases:
-                prepare(case, case.shape.clips, torch.device("cuda"))()
+        prepare(case, case.shape.clips)()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    except Exception as fault:  # as above: it is reported and the configuration left out
+    except Exception as fault:  # whatever the compiler or the launch raises: it is reported
         return _first_line(fault)
     return None
 
 
-def prepare(case: Case, clips: int, device: torch.device) -> Callable[[], Any]:
+def compile_configured(asked: Asked, cases: Sequence[Case], config: tuple) -> str | None:
+    """The same for several calls under a configuration."""
+    with answering(partial(_override, asked, config)):
+        faults = [compile_case(case) for case in cases]
+    return next(filter(None, faults), None)
+
+
+def prepare(case: Case, clips: int) -> Callable[[], Any]:
     """The call of a case on random inputs; a backward runs on the graph of one forward."""
     if isinstance(case.shape, attention.Shape):
-        tensors = attention.inputs(case.shape, clips, DTYPE, device, seed=0)
+        tensors = attention.inputs(case.shape, clips, DTYPE, DEVICE, seed=0)
         return attention.call(attention.OUR_ATTENTION, case.phase, *tensors, case.shape.heads)
-    x = masking.draw(case.shape, clips, DTYPE, device, seed=0)
+    x = masking.draw(case.shape, clips, DTYPE, DEVICE, seed=0)
     chosen = reference.random_masking(masking.SEED, x.sample_ids, case.shape.num_patches, case.shape.num_keep)
     op = masking.our_ops(case.shape, x, chosen, "triton")[case.op]
     return op.forward if case.phase == "forward" else op.backward()
@@ -313,6 +322,13 @@ def _choices(name: str, value: int) -> list[int]:
     if name == "loops":
         return list(LOOPS)
     return [size for size in (value // 2, value, 2 * value) if 1 <= size <= max(LARGEST_BLOCK, value)]
+
+
+def _tiles(default: tuple, longest: int) -> list[tuple[int, int]]:
+    """Rows and tail that hold the longest sequence of a class: whole powers of two, or two of them with little room."""
+    whole = [(rows, 0) for rows in ROWS if longest <= rows]
+    split = [(rows, tail) for rows in ROWS for tail in ROWS if tail <= rows < longest <= rows + tail]
+    return sorted({(default.rows, default.tail), *whole, *split})
 
 
 def _class_of(tokens: int, head_dim: int) -> tuple[str, str]:

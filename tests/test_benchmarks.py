@@ -1,9 +1,11 @@
 """The benchmarks without a GPU: their checks, arithmetic, tables and files. Speed is measured elsewhere."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -96,13 +98,47 @@ def test_wrong_op_of_the_masking_path_is_refused_and_nothing_timed(op, monkeypat
     monkeypatch.setattr(masking, "SHAPES", (TINY,))
     monkeypatch.setattr(attention, "SHAPES", ())
     monkeypatch.setattr(kernels, "measure_ceilings", lambda: pytest.fail("timed although wrong"))
-    checks = kernels.check_all(CPU, torch.float32, 1)
-    monkeypatch.setattr(kernels, "check_all", lambda *_: checks)
-    assert kernels.compare(Budget(1), tmp_path) == 1
+    assert kernels.compare(Budget(1), tmp_path, CPU, torch.float32) == 1
     said = capsys.readouterr().out
     assert said.count("WRONG") == 1
     assert {"random_masking": "mask", "restore_tokens": "restore", "masked_patch_loss": "loss"}[op] in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    """Run each function once, and say that all took 1 ms and 1 byte."""
+
+    def once(variants, repeat_ms=0.0):
+        return {name: measure.Timing(1.0, 0.0) for name, function in variants.items() if function() is not None}
+
+    for module in (attention, masking):
+        monkeypatch.setattr(module, "take_turns", once)
+    monkeypatch.setattr(masking, "peak_bytes", lambda function: function() and 1)
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(step, "measure_ceilings", lambda: CEILINGS)
+
+
+@without_gpu
+def test_whole_comparison_of_kernels_runs_in_the_interpreter(no_clock, monkeypatch, tmp_path, capsys):
+    short = attention.Shape(5, 1, 32, "tiny")
+    monkeypatch.setattr(attention, "QKV_BYTES", 6 * 5 * 32 * 3)
+    monkeypatch.setattr(attention, "SHAPES", (short,))
+    monkeypatch.setattr(attention, "COMPILED", ())
+    monkeypatch.setattr(masking, "SHAPES", (TINY,))
+    monkeypatch.setattr(masking, "COMPILED", ())
+    assert kernels.compare(Budget(5), tmp_path, CPU, torch.float32) == 0
+    said = capsys.readouterr().out
+    content = json.loads(next(tmp_path.iterdir()).read_text())
+    rows = {(row["subject"], row["implementation"], row["phase"]): row for row in content["rows"]}
+    for phase in ("forward", "backward", "both"):
+        assert rows["attention", "triton", phase]["share"] == rows["attention", "eager", phase]["share"]
+    assert rows["attention", "SDPA cudnn", "any"]["note"].startswith("not available")
+    for op in (masking.WHOLE, "mask", *masking.DIFFERENTIABLE):
+        assert rows["masking", "triton", op]["peak_bytes"] == 1
+    assert [target["reached"] for target in content["targets"][:3]] == [1.0, 1.0, 1.0]
+    assert content["ceilings"] == CEILINGS._asdict()
+    assert "NOT met" in said and "written:" in said
 
 
 def test_nan_is_wrong():
@@ -120,9 +156,34 @@ def test_models_of_the_step_are_compared_and_a_wrong_one_is_seen(monkeypatch):
     assert not any(checks.values())
 
 
+@without_gpu
+def test_whole_comparison_of_steps_runs_on_a_cpu(no_clock, monkeypatch, tmp_path):
+    """With plain AdamW in the place of DeepSpeed, which wants a process group, and the reference in Triton's."""
+    for name, value in (("memory_allocated", 0), ("max_memory_allocated", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    model = step.our_model
+    monkeypatch.setattr(step, "our_model", lambda cfg, backend: model(cfg, "reference"))
+    monkeypatch.setattr(step, "has_deepspeed", lambda: False)
+    monkeypatch.setattr(step, "SIZE", "tiny")
+    monkeypatch.setattr(step, "SETTINGS", (step.Setting(208, (2, 1), False),))
+    monkeypatch.setattr(step, "TURN_SECONDS", 0.01)
+    assert step.compare(Budget(5), tmp_path, CPU) == 0
+    content = json.loads(next(tmp_path.iterdir()).read_text())
+    assert content["engine"] == "plain AdamW"
+    assert [(row["micro_batch"], row["implementation"]) for row in content["rows"]] == [
+        (size, name) for size in (2, 1) for name in (step.OURS, step.REFERENCE, step.EAGER)
+    ]
+    row = content["rows"][0]
+    assert row["clips_per_second"] == pytest.approx(2e3 / row["ms"])
+    assert row["mfu"] == pytest.approx(3 * step.forward_flops(step.config("tiny", 208)) * 2e3 / row["ms"] / 8e14)
+    assert content["targets"][0]["verdict"] in ("met", "NOT met")
+
+
 def test_eager_model_is_ours():
     cfg = step.config("tiny", 208)
-    spectrogram, sample_ids = step.draw(cfg, 3, 0, "cpu")
+    spectrogram, sample_ids = step.draw(cfg, 3, 0, CPU)
     output = step.our_model(cfg, "reference").double()(spectrogram.double(), sample_ids)
     loss = step.eager_model(cfg).double()(spectrogram.double(), output.masking.ids_restore.double())
     torch.testing.assert_close(loss, output.loss)
@@ -133,7 +194,7 @@ def test_plain_steps_train_the_rounded_weights():
     model = step.our_model(cfg, "reference")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     train = step.plain_step(model, cfg)
-    train(*step.draw(cfg, 2, 0, "cpu"))
+    train(*step.draw(cfg, 2, 0, CPU))
     after = list(model.parameters())
     assert all(parameter.dtype == torch.bfloat16 and parameter.grad is None for parameter in after)
     assert not any(torch.equal(one.bfloat16(), other) for one, other in zip(before, after, strict=True) if one.ndim > 1)
@@ -245,7 +306,7 @@ def test_masking_path_is_held_against_the_eager_chain():
         for phase, name, ms, peak in (
             (masking.WHOLE, masking.OURS, 1.0, 30),
             (masking.WHOLE, masking.EAGER, 3.5, 100),
-            (masking.WHOLE, masking.COMPILED, 2.0, 10),
+            (masking.WHOLE, masking.EAGER_COMPILED, 2.0, 10),
             ("loss", masking.OURS, 0.1, 1),
         )
     ]
@@ -382,9 +443,10 @@ def test_curves_are_compared_at_the_same_steps():
 def test_tuner_finds_every_kernel_by_what_the_launchers_ask(monkeypatch):
     monkeypatch.setattr(masking, "SHAPES", (TINY,))
     monkeypatch.setattr(attention, "SHAPES", (attention.Shape(5, 1, 32, "short"), attention.Shape(131, 1, 32, "tiled")))
+    monkeypatch.setattr(tune, "DEVICE", CPU)
     monkeypatch.setattr(tune, "DTYPE", torch.float32)
     monkeypatch.setattr(tune, "CHECKED_CLIPS", 2)
-    found = tune.subjects(CPU)
+    found = tune.subjects()
     assert {subject.asked.kernel.replace("_forward", "").replace("_backward", "") for subject in found} == {
         "attention_short",
         "attention_tiled",
@@ -415,6 +477,7 @@ def test_every_tile_that_is_tried_holds_the_longest_sequence_of_its_class():
 @without_gpu
 def test_a_candidate_is_used_and_a_wrong_one_is_refused(monkeypatch):
     case = tune.Case(attention.Shape(5, 1, 32, "short"), "attention", "forward")
+    monkeypatch.setattr(tune, "DEVICE", CPU)
     monkeypatch.setattr(tune, "DTYPE", torch.float32)
     monkeypatch.setattr(tune, "CHECKED_CLIPS", 2)
     monkeypatch.setattr(tune, "lengths", lambda case: [])
@@ -425,12 +488,60 @@ def test_a_candidate_is_used_and_a_wrong_one_is_refused(monkeypatch):
         return asked.default
 
     with tune.answering(listen):
-        tune.prepare(case, 2, CPU)()
+        tune.prepare(case, 2)()
     (asked,) = set(heard)
-    assert tune.wrong(asked, asked.default._replace(rows=16), [case], CPU) is None
-    assert "ZeroDivisionError" in tune.wrong(asked, asked.default._replace(rows=4, tail=0), [case], CPU)
+    assert tune.wrong(asked, asked.default._replace(rows=16), [case]) is None
+    assert "ZeroDivisionError" in tune.wrong(asked, asked.default._replace(rows=4, tail=0), [case])
     monkeypatch.setattr(attention, "OUR_ATTENTION", wrong_attention)
-    assert "error" in tune.wrong(asked, asked.default, [case], CPU)
+    assert "error" in tune.wrong(asked, asked.default, [case])
+
+
+@without_gpu
+def test_tuner_writes_what_was_fastest_of_what_is_right(monkeypatch, tmp_path, capsys):
+    class InThisProcess(contextlib.nullcontext):
+        def __init__(self, *_):
+            super().__init__(self)
+
+        map = map
+
+    def clock(variants, repeat_ms):
+        """The more rows in a tile, the faster."""
+        return {name: measure.Timing(1.0 / getattr(name, "rows", 1), 0.0) for name in variants}
+
+    path = tmp_path / "configurations.json"
+    path.write_text("{}")
+    monkeypatch.setattr(configurations, "TABLE", path)
+    monkeypatch.setattr(attention, "SHAPES", (attention.Shape(5, 1, 32, "short"),))
+    monkeypatch.setattr(attention, "QKV_BYTES", 6 * 5 * 32 * 2)
+    monkeypatch.setattr(masking, "SHAPES", ())
+    monkeypatch.setattr(tune, "DEVICE", CPU)
+    monkeypatch.setattr(tune, "DTYPE", torch.float32)
+    monkeypatch.setattr(tune, "CHECKED_CLIPS", 2)
+    monkeypatch.setattr(tune, "MOST_CANDIDATES", 6)
+    monkeypatch.setattr(tune, "lengths", lambda case: [case.shape.tokens])
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(tune, "take_turns", clock)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=1e11))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    configurations.table.cache_clear()
+    tried = tune.candidates
+
+    def and_one_that_does_not_compile(default, longest):
+        return [*tried(default, longest), default._replace(rows=4096)]
+
+    monkeypatch.setattr(tune, "candidates", and_one_that_does_not_compile)
+    try:
+        assert tune.tune(Budget(5), path) == 0
+        table = configurations.table()
+    finally:
+        configurations.table.cache_clear()
+    assert table["cpu"]["measured"]["torch"] == torch.__version__
+    default = Short(**table["cpu"]["attention_short_forward"]["n16_d32"]["float32"])
+    for phase in ("forward", "backward"):
+        entry = table["cpu"][f"attention_short_{phase}"]["n16_d32"]["float32"]
+        assert entry["rows"] == max(config.rows for config in tried(default, 5))
+    assert "4096" in capsys.readouterr().out.partition("skipped")[0]
 
 
 def test_default_stays_unless_another_is_clearly_faster():

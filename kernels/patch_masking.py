@@ -44,8 +44,8 @@ __all__ = [
 
 CHUNK_ROWS = 256
 """Rows of a partial sum, at least."""
-EMBED_CHUNKS = 32
-"""Partial sums of the embedding's weight, at most: each takes as much room as the weight in float32."""
+EMBED_SCRATCH = 6 << 20
+"""Numbers in the partial sums of the embedding's weight together, at most; 32 sums of the base model's."""
 RESTORE_CHUNKS = 256
 """Partial sums of the mask token, at most."""
 MANY_PROGRAMS = 256
@@ -417,18 +417,20 @@ def default_mask(num_patches: int) -> MaskConfig:
     return MaskConfig(max(1, min(16, _block_patches(num_patches) // 512)))
 
 
-def default_embed_forward(pixels: int, dtype: torch.dtype) -> EmbedConfig:
+def default_embed_forward(patch_size: tuple[int, int], dtype: torch.dtype) -> EmbedConfig:
     """Whole patches in 16 bits; short steps along the pixels in float32, whose products take registers."""
+    pixels = patch_size[0] * patch_size[1]
     if dtype == torch.float32:
         return EmbedConfig(64, 32, min(32, _block_pixels(pixels)), 4, 2)
     return EmbedConfig(64, 64 if pixels <= 256 else 32, max(16, _power_of_two(pixels + 1) // 2), 4, 2)
 
 
-def default_embed_backward(pixels: int, dtype: torch.dtype) -> EmbedConfig:
-    """A tile of the weight as large as the registers hold."""
+def default_embed_backward(patch_size: tuple[int, int], dtype: torch.dtype) -> EmbedConfig:
+    """A tile of the weight as large as the registers hold; pixels read one by one take many for their addresses."""
+    block_pixels = _block_pixels(patch_size[0] * patch_size[1])
     if dtype == torch.float32:
-        return EmbedConfig(16, 64, min(64, _block_pixels(pixels)), 4, 2)
-    return EmbedConfig(64, 128, min(128, _block_pixels(pixels)), 8, 3)
+        return EmbedConfig(16, 64, min(64, block_pixels), 4, 2)
+    return EmbedConfig(64 if patch_size[1] >= 4 else 32, 128, min(128, block_pixels), 8, 3)
 
 
 def default_rows(width: int, dtype: torch.dtype) -> RowsConfig:
@@ -466,13 +468,14 @@ def launch_embed_forward(
     config: EmbedConfig | None = None,
 ) -> Tensor:
     """Tokens [B, K, D] in the dtype of `weight`."""
-    default = default_embed_forward(patch_size[0] * patch_size[1], weight.dtype)
+    default = default_embed_forward(patch_size, weight.dtype)
     config = config or _configured("embed_forward", embed_class(patch_size), weight, default)
     (batch, num_keep), width = ids_keep.shape, weight.shape[0]
     tokens = torch.empty(batch, num_keep, width, dtype=weight.dtype, device=weight.device)
     tensors = (spectrogram, ids_keep, weight, bias, positions)
     row_blocks, d_blocks = _blocks(batch * num_keep, config.block_rows), _blocks(width, config.block_d)
-    blocks = _blocks(d_blocks, _blocks(MANY_PROGRAMS, max(1, row_blocks)))
+    # Two blocks of columns at least: a loop of one would have no loads in flight during its products.
+    blocks = min(d_blocks, max(2, _blocks(d_blocks, _blocks(MANY_PROGRAMS, max(1, row_blocks)))))
     rest = patch_size[0] * patch_size[1] - config.block_pixels
     tail = _block_pixels(rest) if 0 < rest <= config.block_pixels else 0
     launch(
@@ -495,10 +498,10 @@ def launch_embed_backward(
 ) -> tuple[Tensor, Tensor]:
     """d weight [D, ph * pw] in the dtype of `d_tokens`, d bias [D]."""
     pixels = patch_size[0] * patch_size[1]
-    default = default_embed_backward(pixels, d_tokens.dtype)
+    default = default_embed_backward(patch_size, d_tokens.dtype)
     config = config or _configured("embed_backward", embed_class(patch_size), d_tokens, default)
     batch, num_keep, width = d_tokens.shape
-    chunks, chunk_rows = _chunks(batch * num_keep, EMBED_CHUNKS)
+    chunks, chunk_rows = _chunks(batch * num_keep, max(1, EMBED_SCRATCH // (width * pixels)))
     d_weight = torch.empty(chunks, width, pixels, dtype=torch.float32, device=d_tokens.device)
     d_bias = torch.empty(chunks, width, dtype=torch.float32, device=d_tokens.device)
     launch(

@@ -261,7 +261,8 @@ def test_chunks_of_rows_add_up_and_two_runs_give_the_same_bits(monkeypatch, dtyp
     leaves, masking = embedding(SHAPES[4], dtype, num_keep=15)
     expected = with_gradients(run_embedding, leaves, masking, (8, 8), exact=True)
     monkeypatch.setattr(patch_masking, "CHUNK_ROWS", 16)
-    assert patch_masking._chunks(45, patch_masking.EMBED_CHUNKS) == (3, 16)
+    monkeypatch.setattr(patch_masking, "EMBED_SCRATCH", 4 * 40 * 64)
+    assert patch_masking._chunks(45, 4) == (3, 16)
     runs = [with_gradients(run_embedding, leaves, masking, (8, 8)) for _ in range(2)]
     assert max(map(relative_error, runs[0], expected)) < EMBED_TOLERANCES[dtype][1]
     assert_equal(*runs)

@@ -205,7 +205,7 @@ def embed_forward_kernel(
         tl.store(tokens + row.to(tl.int64)[:, None] * D + d[None, :], token.to(dtype), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["num_clips"])
 def restore_forward_kernel(
     tokens,  # [B, P + K, D]
     ids_restore,  # [B, L]
@@ -418,11 +418,12 @@ def default_mask(num_patches: int) -> MaskConfig:
 
 
 def default_embed_forward(patch_size: tuple[int, int], dtype: torch.dtype) -> EmbedConfig:
-    """Whole patches in 16 bits; short steps along the pixels in float32, whose products take registers."""
+    """Whole patches, up to 512 pixels, in 16 bits; short steps in float32, whose products take registers."""
     pixels = patch_size[0] * patch_size[1]
     if dtype == torch.float32:
         return EmbedConfig(64, 32, min(32, _block_pixels(pixels)), 4, 2)
-    return EmbedConfig(64, 64 if pixels <= 256 else 32, max(16, _power_of_two(pixels + 1) // 2), 4, 2)
+    most = min(256, max(16, _power_of_two(pixels + 1) // 2))  # the rest is the tail
+    return EmbedConfig(64, 64 if pixels <= 256 else 32, most, 4, 2)
 
 
 def default_embed_backward(patch_size: tuple[int, int], dtype: torch.dtype) -> EmbedConfig:

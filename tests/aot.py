@@ -39,7 +39,9 @@ from msm_kernels import (
     backend,
     configurations,
     masked_loss,
-    patch_masking,
+    patch_drawing,
+    patch_embedding,
+    patch_rows,
 )
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -132,7 +134,7 @@ def _attention_variants() -> Iterator[Variant]:
 def _patch_variants() -> Iterator[Variant]:
     sample_ids = _empty(BATCH, 3, dtype=torch.int64)
     for num_patches in (65, 104, 208, 260, 512, 1024):
-        call = partial(patch_masking.launch_random_masking, 7, sample_ids, num_patches, num_patches // 4)
+        call = partial(patch_drawing.launch_random_masking, 7, sample_ids, num_patches, num_patches // 4)
         yield Variant(f"L={num_patches}", torch.int64, call, num_patches in (65, 512))
     for patch_size, width, dtype in itertools.product(PATCH_SIZES, WIDTHS, DTYPES):
         yield from _embedding_variants(patch_size, width, dtype)
@@ -147,12 +149,12 @@ def _embedding_variants(patch_size: tuple[int, int], width: int, dtype: torch.dt
     spectrogram, ids_keep, _, ids_restore = _patches(patch_size)
     weight, bias = _empty(width, pixels, dtype=dtype), _empty(width, dtype=dtype)
     positions = _empty(ids_restore.shape[1], width, dtype=torch.float32)
-    forward = partial(patch_masking.launch_embed_forward, spectrogram, ids_keep, weight, bias, positions, patch_size)
+    forward = partial(patch_embedding.launch_embed_forward, spectrogram, ids_keep, weight, bias, positions, patch_size)
     few = partial(
-        patch_masking.launch_embed_forward, spectrogram[:8], ids_keep[:8], weight, bias, positions, patch_size
+        patch_embedding.launch_embed_forward, spectrogram[:8], ids_keep[:8], weight, bias, positions, patch_size
     )
     d_tokens = _empty(*ids_keep.shape, width, dtype=dtype)
-    backward = partial(patch_masking.launch_embed_backward, d_tokens, spectrogram, ids_keep, patch_size, dtype)
+    backward = partial(patch_embedding.launch_embed_backward, d_tokens, spectrogram, ids_keep, patch_size, dtype)
     shape = f"{_times(patch_size)} D={width}"
     base = width == 768
     quick = base and (dtype == torch.bfloat16 or patch_size == (16, 16))
@@ -171,10 +173,10 @@ def _row_variants(patch_size: tuple[int, int], width: int, dtype: torch.dtype) -
     restored = _empty(BATCH, num_tokens, width, dtype=dtype)
     selected = _empty(*ids_masked.shape, width, dtype=dtype)
     calls = (
-        partial(patch_masking.launch_restore_forward, tokens, ids_restore, mask_token, positions, 1),
-        partial(patch_masking.launch_restore_backward, restored, ids_restore, num_keep, 1, dtype),
-        partial(patch_masking.launch_select_forward, restored, ids_masked, 1),
-        partial(patch_masking.launch_select_backward, selected, ids_restore, 1),
+        partial(patch_rows.launch_restore_forward, tokens, ids_restore, mask_token, positions, 1),
+        partial(patch_rows.launch_restore_backward, restored, ids_restore, num_keep, 1, dtype),
+        partial(patch_rows.launch_select_forward, restored, ids_masked, 1),
+        partial(patch_rows.launch_select_backward, selected, ids_restore, 1),
     )
     quick = patch_size == (16, 16) and width in (384, 512) and dtype == torch.bfloat16
     for call in calls:
@@ -250,7 +252,7 @@ class Compiler:
         triton.knobs.runtime.jit_cache_hook = self._skip
         # The table's entries for the target are those that a launcher finds, whatever device it asks about.
         backend.capability = configurations.capability = lambda device: capability_of(target)
-        for module in (attention_short, attention_tiled, masked_loss, patch_masking):
+        for module in (attention_short, attention_tiled, masked_loss, patch_drawing, patch_embedding, patch_rows):
             module.configuration = self._configuration
         run = JITFunction.run
 

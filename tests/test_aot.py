@@ -58,14 +58,14 @@ KERNELS = {
     "attention_tiled.tiled_backward_keys": Kernel(0.9, 0.6, True),
     "masked_loss.loss_forward_kernel": Kernel(0.75, 0.25, False),
     "masked_loss.loss_backward_kernel": Kernel(0.75, 0.25, False),
-    "patch_masking.embed_forward_kernel": Kernel(0.7, 0.4, True),
-    "patch_masking.embed_backward_kernel": Kernel(0.85, 0.3, True),
-    "patch_masking.restore_forward_kernel": Kernel(0.6, 0.6, False),
-    "patch_masking.restore_backward_kernel": Kernel(0.6, 0.6, False),
-    "patch_masking.select_forward_kernel": Kernel(0.6, 0.6, False),
-    "patch_masking.select_backward_kernel": Kernel(0.6, 0.6, False),
-    "patch_masking.sum_chunks_kernel": Kernel(0.9, 0.9, False),
-    "patch_masking.mask_kernel": Kernel(0, 0, False),  # reads three numbers a clip
+    "patch_embedding.embed_forward_kernel": Kernel(0.7, 0.4, True),
+    "patch_embedding.embed_backward_kernel": Kernel(0.85, 0.3, True),
+    "patch_rows.restore_forward_kernel": Kernel(0.6, 0.6, False),
+    "patch_rows.restore_backward_kernel": Kernel(0.6, 0.6, False),
+    "patch_rows.select_forward_kernel": Kernel(0.6, 0.6, False),
+    "patch_rows.select_backward_kernel": Kernel(0.6, 0.6, False),
+    "chunked_sums.sum_chunks_kernel": Kernel(0.9, 0.9, False),
+    "patch_drawing.mask_kernel": Kernel(0, 0, False),  # reads three numbers a clip
 }
 NARROW = ("masked", "80x2", "80x1")
 

@@ -11,7 +11,16 @@ import torch
 from msm_dist.config import Model
 from msm_dist.errors import ConfigError
 from msm_dist.model.mae import MaskedSpectrogramModel
-from msm_kernels import attention_short, attention_tiled, backend, configurations, masked_loss, patch_masking
+from msm_kernels import (
+    attention_short,
+    attention_tiled,
+    backend,
+    configurations,
+    masked_loss,
+    patch_drawing,
+    patch_embedding,
+    patch_rows,
+)
 from msm_kernels.attention import attention
 from msm_kernels.backend import BackendUnavailable, capability, describe, require, resolve
 from msm_kernels.configurations import configuration
@@ -181,7 +190,7 @@ def test_no_op_falls_back_silently(machine, monkeypatch, name):
         calls()[name]("triton")
 
     launched = []
-    for module in (attention_short, attention_tiled, masked_loss, patch_masking):
+    for module in (attention_short, attention_tiled, masked_loss, patch_drawing, patch_embedding, patch_rows):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
     for wish in ("auto", "reference"):
         calls()[name](wish)

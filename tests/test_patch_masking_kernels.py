@@ -6,20 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msm_kernels import patch_masking, reference
+from msm_kernels import chunked_sums, patch_drawing, patch_embedding, patch_rows, reference
 from msm_kernels.backend import BackendUnavailable, jit, tl
+from msm_kernels.patch_drawing import MaskConfig, smallest
+from msm_kernels.patch_embedding import EmbedConfig
 from msm_kernels.patch_masking import (
-    EmbedConfig,
-    MaskConfig,
     Masking,
-    RowsConfig,
     embed_visible_patches,
     masking_from_keep,
     random_masking,
     restore_tokens,
     select_masked_tokens,
-    smallest,
 )
+from msm_kernels.patch_rows import RowsConfig
 from tests.kernel_checks import DEVICE, DOT_DTYPES, DTYPES, MARKS, ON_GPU, draw, poison_new_tensors, relative_error
 
 pytestmark = MARKS
@@ -135,7 +134,7 @@ def test_masks_of_any_length_and_seed_are_the_references(monkeypatch, seed, num_
     strided = torch.stack([ids, ids + 1], dim=-1)[..., 0]
     assert_equal(random_masking(seed, strided, num_patches, num_keep, "triton"), expected)
     config = MaskConfig(num_warps)
-    assert_equal(patch_masking.launch_random_masking(seed, ids, num_patches, num_keep, config), expected)
+    assert_equal(patch_drawing.launch_random_masking(seed, ids, num_patches, num_keep, config), expected)
 
 
 @jit(do_not_specialize=["num_keys", "num_keep"])
@@ -164,7 +163,7 @@ def test_of_equal_keys_the_first_are_kept(values, num_keep):
 
 def test_all_seeds_run_the_same_compiled_kernel():
     words = [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1]
-    signed = [patch_masking._signed(word) for word in words]
+    signed = [patch_drawing._signed(word) for word in words]
     assert [word % 2**32 for word in signed] == words
     assert all(-(2**31) <= word < 2**31 for word in signed)  # Triton takes these, and no others, for 32 bits
 
@@ -220,13 +219,13 @@ def test_spectrograms_of_16_bits_are_read_as_they_are(dtype, spectrogram_dtype):
 def test_every_tile_gives_the_same_embedding(monkeypatch, shape, config, programs):
     leaves, masking = embedding(shape, width=72)
     spectrogram, weight, bias, positions = (leaf.detach() for leaf in leaves)
-    monkeypatch.setattr(patch_masking, "MANY_PROGRAMS", programs)
+    monkeypatch.setattr(patch_embedding, "MANY_PROGRAMS", programs)
     tokens, _, d_weight, d_bias, _ = with_gradients(run_embedding, leaves, masking, shape[0], exact=True)
     ids = masking.ids_keep
-    found = patch_masking.launch_embed_forward(spectrogram, ids, weight, bias, positions, shape[0], config)
+    found = patch_embedding.launch_embed_forward(spectrogram, ids, weight, bias, positions, shape[0], config)
     assert relative_error(found, tokens) < 1e-6
     d_tokens = draw(*tokens.shape, seed=8)
-    found = patch_masking.launch_embed_backward(d_tokens, spectrogram, ids, shape[0], torch.float32, config)
+    found = patch_embedding.launch_embed_backward(d_tokens, spectrogram, ids, shape[0], torch.float32, config)
     assert max(map(relative_error, found, (d_weight, d_bias))) < 1e-6
 
 
@@ -260,20 +259,20 @@ def test_strided_operands_of_the_embedding_are_taken_as_they_come():
 def test_chunks_of_rows_add_up_and_two_runs_give_the_same_bits(monkeypatch, dtype):
     leaves, masking = embedding(SHAPES[4], dtype, num_keep=15)
     expected = with_gradients(run_embedding, leaves, masking, (8, 8), exact=True)
-    monkeypatch.setattr(patch_masking, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(patch_masking, "EMBED_SCRATCH", 4 * 40 * 64)
-    assert patch_masking._chunks(45, 4) == (3, 16)
+    monkeypatch.setattr(chunked_sums, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(patch_embedding, "EMBED_SCRATCH", 4 * 40 * 64)
+    assert chunked_sums.chunks_of(45, 4) == (3, 16)
     runs = [with_gradients(run_embedding, leaves, masking, (8, 8)) for _ in range(2)]
     assert max(map(relative_error, runs[0], expected)) < EMBED_TOLERANCES[dtype][1]
     assert_equal(*runs)
 
 
 def test_chunks_follow_from_the_number_of_rows_alone():
-    assert patch_masking._chunks(1, 32) == (1, 256)
-    assert patch_masking._chunks(2048 * 16, 32) == (32, 1024)
-    assert patch_masking._chunks(1000, 32) == (4, 256)
+    assert chunked_sums.chunks_of(1, 32) == (1, 256)
+    assert chunked_sums.chunks_of(2048 * 16, 32) == (32, 1024)
+    assert chunked_sums.chunks_of(1000, 32) == (4, 256)
     for rows in (257, 8193, 99_999):
-        chunks, chunk_rows = patch_masking._chunks(rows, 32)
+        chunks, chunk_rows = chunked_sums.chunks_of(rows, 32)
         assert chunks <= 32 and (chunks - 1) * chunk_rows < rows <= chunks * chunk_rows
 
 
@@ -293,9 +292,9 @@ def test_the_embedding_keeps_and_computes_what_its_gradients_need(monkeypatch, w
     names = {masking.ids_keep.data_ptr(): "ids"}
     names |= {leaf.data_ptr(): name for leaf, name in zip(leaves, ("spectrogram", "weight"), strict=False)}
     packed, calls = set(), []
-    backward = patch_masking.launch_embed_backward
+    backward = patch_embedding.launch_embed_backward
     monkeypatch.setattr(
-        patch_masking, "launch_embed_backward", lambda *args: calls.append("launch_embed_backward") or backward(*args)
+        patch_embedding, "launch_embed_backward", lambda *args: calls.append("launch_embed_backward") or backward(*args)
     )
     with torch.autograd.graph.saved_tensors_hooks(
         lambda one: packed.add(names[one.data_ptr()]) or one, lambda one: one
@@ -333,19 +332,17 @@ def test_restoring_and_its_gradients_are_the_references(monkeypatch, num_prefix,
 def test_every_tile_moves_the_same_rows(monkeypatch, config, batch):
     leaves, masking = restoring(width=40, batch=batch)
     tokens, mask_token, positions = (leaf.detach() for leaf in leaves)
-    monkeypatch.setattr(patch_masking, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(chunked_sums, "CHUNK_ROWS", 16)
     expected = with_gradients(run_restoring, leaves, masking, 1, "reference")
-    found = patch_masking.launch_restore_forward(tokens, masking.ids_restore, mask_token, positions, 1, config)
+    found = patch_rows.launch_restore_forward(tokens, masking.ids_restore, mask_token, positions, 1, config)
     assert torch.equal(found, expected[0])
     grad = draw(*found.shape, seed=8)
-    d_tokens, d_mask_token = patch_masking.launch_restore_backward(
-        grad, masking.ids_restore, 5, 1, torch.float32, config
-    )
+    d_tokens, d_mask_token = patch_rows.launch_restore_backward(grad, masking.ids_restore, 5, 1, torch.float32, config)
     assert torch.equal(d_tokens, expected[1])
     assert relative_error(d_mask_token, expected[2].flatten()) < 1e-6
-    selected = patch_masking.launch_select_forward(grad, masking.ids_masked, 1, config)
+    selected = patch_rows.launch_select_forward(grad, masking.ids_masked, 1, config)
     assert torch.equal(selected, reference.select_masked_tokens(grad, masking, 1))
-    spread = patch_masking.launch_select_backward(selected, masking.ids_restore, 1, config)
+    spread = patch_rows.launch_select_backward(selected, masking.ids_restore, 1, config)
     hidden = torch.cat([torch.zeros(batch, 1, device=DEVICE), (masking.ids_restore >= 5).float()], 1)
     assert torch.equal(spread, grad * hidden.unsqueeze(-1))
 
@@ -353,8 +350,8 @@ def test_every_tile_moves_the_same_rows(monkeypatch, config, batch):
 def test_the_mask_token_sums_over_chunks_with_the_same_bits_each_time(monkeypatch):
     leaves, masking = restoring(num_patches=70, num_keep=20)
     expected = with_gradients(run_restoring, leaves, masking, 1, exact=True)
-    monkeypatch.setattr(patch_masking, "CHUNK_ROWS", 1)
-    assert patch_masking._chunks(BATCH * 71, patch_masking.RESTORE_CHUNKS)[0] == 14
+    monkeypatch.setattr(chunked_sums, "CHUNK_ROWS", 1)
+    assert chunked_sums.chunks_of(BATCH * 71, patch_rows.RESTORE_CHUNKS)[0] == 14
     runs = [with_gradients(run_restoring, leaves, masking, 1) for _ in range(2)]
     assert max(map(relative_error, runs[0], expected)) < 1e-6
     assert_equal(*runs)
@@ -365,7 +362,7 @@ def test_the_mask_token_sums_over_chunks_with_the_same_bits_each_time(monkeypatc
 def test_partial_sums_are_added_in_float32_and_rounded_once(monkeypatch, chunks, dtype):
     partial = draw(chunks, 7, 11, seed=9)
     poison_new_tensors(monkeypatch)
-    total = patch_masking.launch_sum_chunks(partial, dtype)
+    total = chunked_sums.launch_sum_chunks(partial, dtype)
     assert (total.shape, total.dtype) == ((7, 11), dtype)
     assert relative_error(total, partial.double().sum(0)) < RESTORE_TOLERANCES[dtype][1]
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What needs a GPU, in one command of under 8 minutes: the tests, the benchmarks, a short training run.
-#   OUT=FOLDER      where logs and results go: at most 8 files (benchmarks/results/session)
+#   OUT=FOLDER      where results, test-gpu.log and rest.tar.gz (the other logs) go (benchmarks/results/session)
 #   PYTHON=python3  the interpreter, with its packages as they are: no network is touched
+#   MSM_COMMIT=...  what the results name as their commit where there is no clone
 #   WHEELS=FOLDER   wheels of packages that the interpreter lacks, used for this command only
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -40,22 +41,24 @@ part() {
   "$python" -m pip list --disable-pip-version-check
   command -v compute-sanitizer ncu nvcc
 } >"$work/environment.txt" 2>&1
+"$python" -m tools.setup_env --venv 0 --needs torch numpy triton pydantic pyyaml safetensors || exit 2
+export PYTHONPATH="$PWD:$PWD/build/importable${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
 workers=
 "$python" -c 'import xdist' 2>/dev/null && workers="-n 8"
-export PYTHONUNBUFFERED=1
-here=(PYTHON="$python" VENV=0)
-part test-gpu 160 make "${here[@]}" test-gpu PYTEST_ARGS="$workers -q --durations=15"
-part bench 210 make "${here[@]}" bench BENCH_ARGS="--minutes 1.6 --out $out"
-# Made by the two before.
-export PYTHONPATH="$PWD:$PWD/build/importable${PYTHONPATH:+:$PYTHONPATH}"
-part training 90 "$python" -m benchmarks.training --work "$work/training" --out "$out"
+part test-gpu 120 make PYTHON="$python" VENV=0 test-gpu PYTEST_ARGS="$workers -v --durations=15"
+part kernels 110 "$python" -m benchmarks.kernels --minutes 1.5 --out "$out"
+part step 160 "$python" -m benchmarks.step --minutes 2.1 --profile --out "$out"
+part training 75 "$python" -m benchmarks.training --work "$work/training" --out "$out"
 
 mkdir "$work/rest"
 cp "$work/environment.txt" "$work/summary" "$work/rest"
+mv "$out/kernels.log" "$out/step.log" "$out/training.log" "$work/rest"
 cp "$work"/training/*.log "$work/rest" 2>/dev/null
-for run in "$work"/training/runs/*/; do
+for run in "$work"/training/runs/*; do
+  [ -d "$run" ] || continue
   mkdir -p "$work/rest/$(basename "$run")"
-  cp "$run"*.json* "$run"*.yaml "$work/rest/$(basename "$run")" 2>/dev/null
+  cp "$run"/*.json* "$run"/*.yaml "$work/rest/$(basename "$run")"
 done
 tar -C "$work" -czf "$out/rest.tar.gz" rest
 cat "$work/summary"

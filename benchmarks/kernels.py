@@ -31,7 +31,7 @@ from benchmarks.measure import (
     write_results,
 )
 
-MINUTES, TUNING_MINUTES = 3.0, 8.0
+MINUTES, TUNING_MINUTES = 2.5, 8.0
 SHAPE_SECONDS = 10.0
 """What a shape may take at most: one that would pass the end of the allotted time is left out, and said to be."""
 
@@ -64,26 +64,33 @@ def compare(budget: Budget, folder: Path, device: torch.device, dtype: torch.dty
     print(ceilings_line(ceilings), flush=True)
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
+
+    def save(finished: bool) -> Path:
+        content = {
+            "finished": finished,
+            "seed": seed,
+            "ceilings": ceilings._asdict(),
+            "targets": [target.record() for target in targets],
+            "left_out": budget.left_out,
+            "rows": rows,
+        }
+        return write_results(folder, "kernels", content)
+
     for shape in masking.SHAPES:
         if budget.allows(f"masking path, {shape.what}", SHAPE_SECONDS):
             found = rows_of(masking.measure(shape, ceilings, device, dtype, seed))
             print(f"\nmasking path, {shape.what}, B = {shape.clips}\n{masking_table(found)}", flush=True)
             rows += found
             targets += masking.targets(shape, found)
+            save(finished=False)
     for shape in attention.SHAPES:
         if budget.allows(f"attention, {shape}", SHAPE_SECONDS):
             found = rows_of(attention.measure(shape, ceilings, device, dtype, seed))
             print(f"\nattention, {shape}, B = {shape.clips}: {shape.what}\n{attention_table(found)}", flush=True)
             rows += found
             targets += attention.targets(shape, found)
-    content = {
-        "seed": seed,
-        "ceilings": ceilings._asdict(),
-        "targets": [target.record() for target in targets],
-        "left_out": budget.left_out,
-        "rows": rows,
-    }
-    path = write_results(folder, "kernels", content)
+            save(finished=False)
+    path = save(finished=True)
     print(f"\n{ceilings_line(ceilings)}\n{targets_table(targets)}\nwritten: {path}", flush=True)
     return 0
 

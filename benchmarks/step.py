@@ -7,7 +7,7 @@ with a GradScaler. All have the same weights; losses and gradients are compared 
 ends the script with exit code 1. Writes benchmarks/results/step-<device>.json. MFU counts the FLOPs of
 `forward_flops`, three times for the backward, against the rate of a matrix product measured in the same run.
 
-`--profile` instead prints which kernels a step of ours consists of.
+`--profile` prints, in the end, which kernels a step of ours consists of.
 """
 
 import argparse
@@ -49,15 +49,18 @@ from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.transformer import Attention, Block
 from msm_dist.model.weights import to_published
 
-MINUTES = 2.2
+MINUTES = 2.4
 SIZE = "base"
 N_MELS = 80
 LR = 1e-4
-TURN_SECONDS, TURNS, WARM_UP_STEPS = 0.8, 2, 3
-COMPILE_SECONDS = 45.0
+TURN_SECONDS, TURNS, WARM_UP_STEPS = 0.6, 2, 3
+COMPILE_SECONDS, SETTING_SECONDS = 45.0, 20.0
+"""What compiling a variant, and what a setting with its models, may take: else it is left out, and said to be."""
 CHECK_CLIPS = 32
 FULL_TOLERANCE = 1e-3
 """float32, loss and gradients: summed in another order through 16 blocks."""
+OTHERS_TOLERANCE = 1e-2
+"""The same for what ours is compared with, which may use tf32."""
 HALF_TOLERANCE = 2e-2
 """bfloat16 and float16 against float32, the loss alone."""
 OURS, OURS_COMPILED, REFERENCE = "triton", "triton, blocks compiled", "reference"
@@ -87,7 +90,7 @@ class Variant:
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 also where there is no GPU, 1 where a variant is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", action="store_true", help="print the kernels of our step instead")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of our step too")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time allowed ({MINUTES:g})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
@@ -101,9 +104,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"WRONG: {check.what}: error {check.error:.2e}, tolerance {check.tolerance:.1e}: nothing is timed")
         if wrong:
             return 1
+        code = compare(budget, options.out, device)
         if options.profile:
-            return profile(options.out)
-        return compare(budget, options.out, device)
+            profile(options.out, device)
+        return code
 
 
 def compare(budget: Budget, folder: Path, device: torch.device) -> int:
@@ -111,45 +115,69 @@ def compare(budget: Budget, folder: Path, device: torch.device) -> int:
     ceilings = measure_ceilings()
     print(ceilings_line(ceilings), flush=True)
     rows: list[dict[str, Any]] = []
+
+    def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["frames"], row["micro_batch"], row["implementation"]
+
+    def save(finished: bool) -> Path:
+        content = {
+            "finished": finished,
+            "engine": "DeepSpeed ZeRO-1" if has_deepspeed() else "plain AdamW",
+            "ceilings": ceilings._asdict(),
+            "forward_gflop_per_clip": {f"80x{s.frames}": gflop_parts(config(SIZE, s.frames)) for s in SETTINGS},
+            "targets": [target.record() for target in all_targets(rows)],
+            "left_out": budget.left_out,
+            "rows": rows,
+        }
+        return write_results(folder, "step", content)
+
     for setting in SETTINGS:
-        if budget.allows(f"80x{setting.frames}", 15):
-            rows += measure(setting, ceilings, budget, device)
+        if budget.allows(f"80x{setting.frames}", SETTING_SECONDS):
+            for found in measure(setting, ceilings, budget, device):
+                # What is measured again, beside more variants, takes the place of what was.
+                keys = {key_of(row) for row in found}
+                rows = [row for row in rows if key_of(row) not in keys] + found
+                save(finished=False)
             torch.cuda.empty_cache()
-    targets = all_targets(rows)
-    content = {
-        "engine": "DeepSpeed ZeRO-1" if has_deepspeed() else "plain AdamW",
-        "ceilings": ceilings._asdict(),
-        "forward_gflop_per_clip": {f"80x{s.frames}": gflop_parts(config(SIZE, s.frames)) for s in SETTINGS},
-        "targets": [target.record() for target in targets],
-        "left_out": budget.left_out,
-        "rows": rows,
-    }
-    path = write_results(folder, "step", content)
-    print(f"\n{rows_table(rows)}\n\n{ceilings_line(ceilings)}\n{targets_table(targets)}\nwritten: {path}", flush=True)
+    path = save(finished=True)
+    print(f"\n{rows_table(rows)}\n\n{ceilings_line(ceilings)}\n{targets_table(all_targets(rows))}\nwritten: {path}")
     return 0
 
 
-def measure(setting: Setting, ceilings: Ceilings, budget: Budget, device: torch.device) -> list[dict[str, Any]]:
-    """A row for every micro-batch and variant, timed in turn."""
+def measure(
+    setting: Setting, ceilings: Ceilings, budget: Budget, device: torch.device
+) -> Iterator[list[dict[str, Any]]]:
+    """For each micro-batch a row for every variant, timed in turn; then the first again, with the compiled ones."""
     cfg = config(SIZE, setting.frames)
-    names = [OURS, REFERENCE, EAGER]
-    if setting.compiled:
-        names += [name for name in (SDPA_COMPILED, OURS_COMPILED) if budget.allows(name, COMPILE_SECONDS)]
-    variants = {name: build(name, cfg, device) for name in names}
-    rows = []
+    variants = {name: build(name, cfg, device) for name in (OURS, REFERENCE, EAGER)}
+
+    def timed(micro_batch: int) -> list[dict[str, Any]]:
+        found = take_turns(variants, [draw(cfg, micro_batch, seed, device) for seed in range(2)])
+        rows = [row_of(setting.frames, micro_batch, name, found[name], cfg, ceilings) for name in found]
+        for row in rows:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        return rows
+
     for number, micro_batch in enumerate(setting.micro_batches):
-        chosen = {name: v for name, v in variants.items() if number == 0 or name in (OURS, REFERENCE, EAGER)}
-        if number and not budget.allows(f"80x{setting.frames}, micro-batch {micro_batch}", 8):
-            continue
-        for name, found in take_turns(chosen, [draw(cfg, micro_batch, seed, device) for seed in range(2)]).items():
-            row = {"subject": "step", "frames": setting.frames, "micro_batch": micro_batch, "implementation": name}
-            if "ms" in found:
-                clips_per_second = 1e3 * micro_batch / found["ms"]
-                mfu = 3 * forward_flops(cfg) * clips_per_second / ceilings.matrix
-                found |= {"clips_per_second": clips_per_second, "mfu": mfu}
-            rows.append(row | found)
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    return rows
+        what = f"80x{setting.frames}, micro-batch {micro_batch}"
+        if number == 0 or budget.allows(what, TURN_SECONDS * (TURNS + 1) * len(variants)):
+            yield timed(micro_batch)
+    if setting.compiled:
+        slow = [name for name in (SDPA_COMPILED, OURS_COMPILED) if budget.allows(name, COMPILE_SECONDS)]
+        variants |= {name: build(name, cfg, device) for name in slow}
+        if slow:
+            yield timed(setting.micro_batches[0])
+
+
+def row_of(
+    frames: int, micro_batch: int, name: str, found: dict[str, Any], cfg: Config, ceilings: Ceilings
+) -> dict[str, Any]:
+    """What was found, with the rates that follow."""
+    row = {"subject": "step", "frames": frames, "micro_batch": micro_batch, "implementation": name, **found}
+    if "ms" in found:
+        row["clips_per_second"] = 1e3 * micro_batch / found["ms"]
+        row["mfu"] = 3 * forward_flops(cfg) * row["clips_per_second"] / ceilings.matrix
+    return row
 
 
 def take_turns(variants: dict[str, Variant], batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, Any]]:
@@ -342,18 +370,18 @@ def check_all(device: torch.device, cfg: Config) -> list[Check]:
     ours, sdpa = our_model(cfg, "triton").to(device), our_model(cfg, "reference").to(device)
     use_sdpa(sdpa)
     checks = []
-    for name, model in ((OURS, ours), ("SDPA", sdpa)):
+    for name, model, tolerance in ((OURS, ours, FULL_TOLERANCE), ("SDPA", sdpa, OTHERS_TOLERANCE)):
         loss = model(spectrogram, sample_ids).loss
         loss.backward()
         worst = max(relative_error(p.grad, gradients[key].grad) for key, p in model.named_parameters())
-        checks.append(Check(f"{name}: loss in float32", relative_error(loss, output.loss), FULL_TOLERANCE))
-        checks.append(Check(f"{name}: gradients in float32", worst, FULL_TOLERANCE))
+        checks.append(Check(f"{name}: loss in float32", relative_error(loss, output.loss), tolerance))
+        checks.append(Check(f"{name}: gradients in float32", worst, tolerance))
     if device.type == "cuda":  # Triton's interpreter can't multiply in bfloat16
         half = ours.to(torch.bfloat16)(spectrogram, sample_ids).loss
         checks.append(Check(f"{OURS}: loss in bfloat16", relative_error(half, output.loss), HALF_TOLERANCE))
     model = eager_model(cfg).to(device)
     checks.append(
-        Check("eager: loss in float32", relative_error(model(spectrogram, noise), output.loss), FULL_TOLERANCE)
+        Check("eager: loss in float32", relative_error(model(spectrogram, noise), output.loss), OTHERS_TOLERANCE)
     )
     if device.type == "cuda":
         with torch.autocast("cuda", torch.float16):
@@ -430,9 +458,9 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(("step", "", "ms", "clips/s", "MFU", "peak GiB", "time / triton's"), lines)
 
 
-def profile(folder: Path, steps: int = 3, longest: int = 25) -> int:
-    """The kernels that take most of our step."""
-    cfg, device = config(SIZE, 208), torch.device("cuda")
+def profile(folder: Path, device: torch.device, steps: int = 3, longest: int = 25) -> None:
+    """Print and write the kernels that take most of our step."""
+    cfg = config(SIZE, 208)
     variant = build(OURS, cfg, device)
     batches = [draw(cfg, 1024, 0, device)]
     run_steps(variant, batches, WARM_UP_STEPS)
@@ -450,7 +478,6 @@ def profile(folder: Path, steps: int = 3, longest: int = 25) -> int:
     print(text, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"profile-{slug(environment()['device'])}.txt").write_text(text + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

@@ -69,11 +69,12 @@ def test_attention_passes_its_check_in_the_interpreter(tokens, head_dim):
 
 
 @without_gpu
-@pytest.mark.parametrize("ours", [wrong_attention, half_written_attention])
-def test_wrong_attention_is_refused(ours, monkeypatch):
+@pytest.mark.parametrize("ours, error", [(wrong_attention, 5e-4), (half_written_attention, float("inf"))])
+def test_wrong_attention_is_refused(ours, error, monkeypatch):
     monkeypatch.setattr(attention, "OUR_ATTENTION", ours)
-    checks = attention.check(attention.Shape(5, 2, 32, "tiny"), 3, torch.float32, CPU, seed=1)
-    assert checks[0].wrong
+    forward, _ = attention.check(attention.Shape(5, 2, 32, "tiny"), 3, torch.float32, CPU, seed=1)
+    assert forward.wrong
+    assert forward.error == pytest.approx(error, rel=0.5)
 
 
 @without_gpu
@@ -84,7 +85,7 @@ def test_masking_path_passes_its_checks_in_the_interpreter():
 
 
 @without_gpu
-@pytest.mark.parametrize("op", ["random_masking", "restore_tokens", "masked_patch_loss"])
+@pytest.mark.parametrize("op", ["random_masking", "restore_tokens", "select_masked_tokens", "masked_patch_loss"])
 def test_wrong_op_of_the_masking_path_is_refused_and_nothing_timed(op, monkeypatch, tmp_path, capsys):
     right = getattr(masking, op)
 
@@ -92,7 +93,11 @@ def test_wrong_op_of_the_masking_path_is_refused_and_nothing_timed(op, monkeypat
         result = right(*args)
         if args[-1] == "reference":
             return result
-        return result._replace(ids_keep=result.ids_keep.flip(1)) if op == "random_masking" else result * 1.0001
+        if op == "random_masking":
+            return result._replace(ids_keep=result.ids_keep.flip(1))
+        if op == "select_masked_tokens":  # its gradient alone
+            return result.detach() + 1.0001 * (result - result.detach())
+        return result * 1.0001
 
     monkeypatch.setattr(masking, op, wrong)
     monkeypatch.setattr(masking, "SHAPES", (TINY,))
@@ -101,7 +106,8 @@ def test_wrong_op_of_the_masking_path_is_refused_and_nothing_timed(op, monkeypat
     assert kernels.compare(Budget(1), tmp_path, CPU, torch.float32) == 1
     said = capsys.readouterr().out
     assert said.count("WRONG") == 1
-    assert {"random_masking": "mask", "restore_tokens": "restore", "masked_patch_loss": "loss"}[op] in said
+    names = {"random_masking": "mask", "select_masked_tokens": "select", "masked_patch_loss": "loss"}
+    assert f"WRONG: {names.get(op, 'restore')}" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -139,6 +145,16 @@ def test_whole_comparison_of_kernels_runs_in_the_interpreter(no_clock, monkeypat
     assert [target["reached"] for target in content["targets"][:3]] == [1.0, 1.0, 1.0]
     assert content["ceilings"] == CEILINGS._asdict()
     assert "NOT met" in said and "written:" in said
+
+
+def test_outputs_are_poisoned_while_a_kernel_is_checked():
+    original = torch.empty
+    like = torch.zeros(2, dtype=torch.int64)
+    with measure.poisoned_outputs():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_strided((2, 2), (2, 1)).isnan().all()
+        assert (torch.empty_like(like) == torch.iinfo(torch.int64).min).all()
+    assert torch.empty is original
 
 
 def test_nan_is_wrong():

@@ -106,6 +106,8 @@ def recomputing(forward):
 @pytest.mark.parametrize("size", [1] if ON_GPU else [2])
 def test_three_steps_of_zero_3_are_those_of_plain_adamw(tmp_path, size):
     """Parameters are on hand only inside their module's forward and backward; the kernels must live with that."""
+    if ON_GPU:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not part of this GPU image; docs/benchmarks.md says how")
     run_ranks(["-m", "tests.zero3_worker", str(tmp_path)], size=size)
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["partitioned"] > 0

@@ -40,7 +40,7 @@ def loss_errors(
     prediction,  # [B * M, P]
     spectrogram,  # [B, F, T]
     ids_masked,  # [B * M]
-    rows,  # [ROWS, 1]
+    rows,  # [ROWS]
     num_rows,  # B * M
     num_masked,  # M
     num_bands,  # F
@@ -52,31 +52,36 @@ def loss_errors(
     EPSILON: tl.constexpr,
 ):
     """prediction - y [ROWS, PIXELS] of some rows, zero outside; where in `prediction` that is, and what is inside."""
-    pixels = tl.arange(0, PIXELS)[None, :]
-    inside = (rows < num_rows) & (pixels < PH * PW)
-    places = rows.to(tl.int64) * (PH * PW) + pixels
+    pixels = tl.arange(0, PIXELS)
+    within = rows < num_rows
+    inside = within[:, None] & (pixels < PH * PW)[None, :]
+    places = (rows.to(tl.int64) * (PH * PW))[:, None] + pixels[None, :]
     predicted = tl.load(prediction + places, mask=inside, other=0.0).to(tl.float32)
 
-    patch = tl.load(ids_masked + rows, mask=rows < num_rows, other=0).to(tl.int32)
+    patch = tl.load(ids_masked + rows, mask=within, other=0).to(tl.int32)
     num_columns = num_frames // PW
     corner = (patch // num_columns) * (PH * num_frames) + (patch % num_columns) * PW
     corner += (rows // num_masked).to(tl.int64) * (num_bands * num_frames)
-    sources = corner + (pixels // PW) * num_frames + pixels % PW
+    offsets = (pixels // PW) * num_frames + pixels % PW
     if PW < 4:
-        # In such a patch few pixels lie side by side, but the next masked patch is near: threads go along the
-        # rows of a transposed tile, which they do where the compiler knows of no contiguity.
-        sources = tl.max_contiguous(tl.trans(sources), [1, 1])
-        target = tl.trans(tl.load(spectrogram + sources, mask=tl.trans(inside), other=0.0)).to(tl.float32)
+        # In such a patch few pixels lie side by side, but the next masked patch is near: threads go along the rows of
+        # a transposed tile. It is loaded as a vector, whose order no version of the compiler changes.
+        ROWS: tl.constexpr = rows.shape[0]
+        sources = tl.reshape(offsets[:, None] + corner[None, :], [PIXELS * ROWS])
+        column_inside = tl.reshape((pixels < PH * PW)[:, None] & within[None, :], [PIXELS * ROWS])
+        target = tl.load(spectrogram + sources, mask=column_inside, other=0.0).to(tl.float32)
+        target = tl.trans(tl.reshape(target, [PIXELS, ROWS]))
     else:
+        sources = corner[:, None] + offsets[None, :]
         target = tl.load(spectrogram + sources, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         # Taken from the patch's first pixel, so that a constant patch, silence, gives zeros to the last bit.
-        pivot = tl.load(spectrogram + corner, mask=rows < num_rows, other=0.0).to(tl.float32)
-        target = tl.where(inside, target - pivot, 0.0)
-        mean = tl.sum(target, axis=1, keep_dims=True) / (PH * PW)
-        target = tl.where(inside, target - mean, 0.0)
-        variance = tl.sum(target * target, axis=1, keep_dims=True) / (PH * PW - 1)
-        target /= tl.sqrt(variance + EPSILON)
+        pivot = tl.load(spectrogram + corner, mask=within, other=0.0).to(tl.float32)
+        target = tl.where(inside, target - pivot[:, None], 0.0)
+        mean = tl.sum(target, axis=1) / (PH * PW)
+        target = tl.where(inside, target - mean[:, None], 0.0)
+        variance = tl.sum(target * target, axis=1) / (PH * PW - 1)
+        target /= tl.sqrt(variance + EPSILON)[:, None]
     return predicted - target, places, inside
 
 
@@ -97,7 +102,7 @@ def loss_forward_kernel(
     EPSILON: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     error, _, _ = loss_errors(
         prediction, spectrogram, ids_masked, rows, num_rows, num_masked, num_bands, num_frames,
         PH, PW, PIXELS, NORMALIZE, EPSILON,
@@ -124,7 +129,7 @@ def loss_backward_kernel(
     EPSILON: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     error, places, inside = loss_errors(
         prediction, spectrogram, ids_masked, rows, num_rows, num_masked, num_bands, num_frames,
         PH, PW, PIXELS, NORMALIZE, EPSILON,

@@ -51,15 +51,15 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "attention_short.short_forward": Kernel(0.95, 0.6, True),
-    "attention_short.short_backward": Kernel(0.95, 0.6, True),
+    "attention_short.short_forward": Kernel(0.75, 0.6, True),
+    "attention_short.short_backward": Kernel(0.75, 0.6, True),
     "attention_tiled.tiled_forward": Kernel(0.95, 0.6, True),
     "attention_tiled.tiled_backward_queries": Kernel(0.95, 0.6, True),
-    "attention_tiled.tiled_backward_keys": Kernel(0.9, 0.6, True),
+    "attention_tiled.tiled_backward_keys": Kernel(0.55, 0.5, True),
     "masked_loss.loss_forward_kernel": Kernel(0.75, 0.25, False),
     "masked_loss.loss_backward_kernel": Kernel(0.75, 0.25, False),
     "patch_embedding.embed_forward_kernel": Kernel(0.7, 0.4, True),
-    "patch_embedding.embed_backward_kernel": Kernel(0.85, 0.3, True),
+    "patch_embedding.embed_backward_kernel": Kernel(0.7, 0.1, True),
     "patch_rows.restore_forward_kernel": Kernel(0.6, 0.6, False),
     "patch_rows.restore_backward_kernel": Kernel(0.6, 0.6, False),
     "patch_rows.select_forward_kernel": Kernel(0.6, 0.6, False),
@@ -69,9 +69,45 @@ KERNELS = {
 }
 NARROW = ("masked", "80x2", "80x1")
 
-# Bytes that a thread may spill, by kernel, target and 32 or 16 bits; none where not listed. A configuration that was
-# measured, and so beat those that do not spill, may spill.
-SPILLS: dict[tuple[str, str, int], int] = {}
+# Bytes that a thread may spill, by target, kernel and bits of the type; none where not listed. A configuration that was
+# measured, and so beat those that spill less, is free to.
+SPILLS = {
+    "cuda:90": {
+        # Three tf32 products of heads 80 and 128 wide hold more than 255 registers at the smallest tile.
+        ("attention_short.short_backward", 32): 200,
+        ("attention_tiled.tiled_forward", 32): 120,
+        ("attention_tiled.tiled_backward_queries", 32): 904,
+        # The assembler stops at 168 and 56 registers by itself, for more programs at a time.
+        ("attention_short.short_backward", 16): 8,
+        ("attention_tiled.tiled_backward_keys", 32): 8,
+        ("patch_rows.restore_backward_kernel", 32): 8,
+    },
+    # The default tiles were chosen for sm_90, with its larger shared memory and its products out of it.
+    "cuda:80": {
+        ("attention_short.short_backward", 32): 144,
+        ("attention_short.short_backward", 16): 152,
+        ("attention_tiled.tiled_forward", 32): 120,
+        ("attention_tiled.tiled_forward", 16): 424,
+        ("attention_tiled.tiled_backward_queries", 32): 1456,
+        ("attention_tiled.tiled_backward_queries", 16): 1264,
+        ("attention_tiled.tiled_backward_keys", 16): 48,
+    },
+    "cuda:100": {
+        ("attention_short.short_backward", 32): 200,
+        ("attention_short.short_backward", 16): 32,
+        ("attention_tiled.tiled_forward", 32): 128,
+        ("attention_tiled.tiled_backward_queries", 32): 928,
+        ("masked_loss.loss_backward_kernel", 32): 8,
+        ("patch_embedding.embed_forward_kernel", 16): 8,
+        ("patch_embedding.embed_backward_kernel", 16): 8,
+    },
+    "hip:gfx942": {
+        ("attention_short.short_backward", 16): 84,
+        ("attention_tiled.tiled_backward_queries", 16): 504,
+        ("attention_tiled.tiled_backward_keys", 16): 700,
+        ("patch_embedding.embed_backward_kernel", 16): 8,
+    },
+}
 
 # Kernels that Triton can't compile for a target, and why.
 CAN_NOT_COMPILE: dict[tuple[str, str], str] = {}
@@ -126,7 +162,7 @@ def faults(result: aot.Compiled) -> list[str]:
     if "cuda" in result.target and result.registers * result.warps * NVIDIA_WARP > NVIDIA_REGISTERS:
         found.append(f"{result.warps} warps of {result.registers} registers do not fit a multiprocessor")
     bits = 32 if result.dtype == "float32" else 16
-    spills = SPILLS.get((result.kernel, result.target, bits), 0)
+    spills = SPILLS[result.target].get((result.kernel, bits), 0)
     if result.spills > spills and not result.measured:
         found.append(f"spills {result.spills} bytes, {spills} allowed")
     wide = kernel.narrow if any(word in result.variants[0] for word in NARROW) else kernel.wide
@@ -209,7 +245,7 @@ GOOD = aot.Compiled(
         ({"registers": 256}, "256 registers of 255"),
         ({"warps": 16}, "16 warps of 200 registers do not fit"),
         ({"spills": 8}, "spills 8 bytes, 0 allowed"),
-        ({"wide_loads": 0.94}, "94% of the bytes in loads of 16, 95% promised"),
+        ({"wide_loads": 0.74}, "74% of the bytes in loads of 16, 75% promised"),
         ({"tensor_core": 0}, "not on tensor cores"),
     ],
 )

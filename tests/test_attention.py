@@ -56,8 +56,10 @@ def test_half_precision_rounds_only_the_result(dtype):
     assert error < 0.5 * torch.finfo(dtype).eps
 
 
-def test_gradients_are_right():
-    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2), draw(1, 3, 12).requires_grad_())
+@pytest.mark.parametrize("key_mask", [None, [[True, False, True], [False, False, True]]])
+def test_gradients_are_right(key_mask):
+    key_mask = None if key_mask is None else torch.tensor(key_mask)
+    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2, key_mask), draw(2, 3, 12).requires_grad_())
 
 
 @pytest.mark.parametrize(

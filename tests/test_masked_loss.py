@@ -39,6 +39,13 @@ def test_loss_is_the_mean_over_masked_patches_of_the_mean_over_pixels(example, n
     assert loss.item() == pytest.approx(sum(errors) / 12, rel=1e-12)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradients_are_right(example, normalize):
+    prediction, spectrogram, masking = example
+    leaves = prediction.requires_grad_(), spectrogram.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *leaves: masked_patch_loss(*leaves, masking, PATCH, normalize), leaves)
+
+
 def test_constant_patches_normalise_to_zero(example):
     prediction, spectrogram, masking = example
     loss = masked_patch_loss(torch.zeros_like(prediction), torch.full_like(spectrogram, 3.0), masking, PATCH, True)

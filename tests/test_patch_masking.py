@@ -161,6 +161,12 @@ def test_visible_patches_are_projected_and_placed(example):
             torch.testing.assert_close(tokens[clip, place], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_gradients_of_the_embedding_are_right(example):
+    spectrogram, masking, *rest = example
+    leaves = [leaf.requires_grad_() for leaf in (spectrogram, *rest)]
+    assert torch.autograd.gradcheck(lambda x, *rest: embed_visible_patches(x, masking, *rest, (4, 2)), leaves)
+
+
 def test_masked_patches_are_never_read(example):
     spectrogram, masking, *rest = example
     hidden = torch.ones_like(spectrogram, dtype=torch.bool)
@@ -197,6 +203,16 @@ def test_every_token_returns_to_its_place(num_prefix):
         for place, patch in enumerate(kept):
             expected[clip, num_prefix + patch] = tokens[clip, num_prefix + place]
     torch.testing.assert_close(restored, expected)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_gradients_of_restoring_and_selecting_are_right(num_prefix):
+    generator = torch.Generator().manual_seed(0)
+    masking = masking_from_keep(torch.tensor([[0, 3], [2, 4]]), 5)
+    shapes = (2, num_prefix + 2, 3), (1, 1, 3), (num_prefix + 5, 3), (2, num_prefix + 5, 3)
+    *leaves, rows = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    assert torch.autograd.gradcheck(lambda x, *rest: restore_tokens(x, masking, *rest, num_prefix), leaves)
+    assert torch.autograd.gradcheck(lambda x: select_masked_tokens(x, masking, num_prefix), rows)
 
 
 def test_restored_positions_are_added_before_rounding():

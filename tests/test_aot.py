@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
 
     wide: float
     """Least share of the bytes that it reads from global memory by instructions of 16 bytes a thread, in 16-bit types
-    on sm_90. The rest are row indices, statistics and positions in float32."""
+    on sm_90, under Triton 3.6 as under 3.9. The rest are row indices, statistics and positions in float32."""
     narrow: float
     """The same for patches of one or two frames and with key masks, which are read byte by byte."""
     tensor_core: bool
@@ -69,8 +69,7 @@ KERNELS = {
 }
 NARROW = ("masked", "80x2", "80x1")
 
-# Bytes that a thread may spill, by target, kernel and bits of the type; none where not listed. A configuration that was
-# measured, and so beat those that spill less, is free to.
+# Bytes that a thread may spill, by target, kernel and bits of the type; none where not listed.
 SPILLS = {
     "cuda:90": {
         # Three tf32 products of heads 80 and 128 wide hold more than 255 registers at the smallest tile.
@@ -163,10 +162,11 @@ def faults(result: aot.Compiled) -> list[str]:
         found.append(f"{result.warps} warps of {result.registers} registers do not fit a multiprocessor")
     bits = 32 if result.dtype == "float32" else 16
     spills = SPILLS[result.target].get((result.kernel, bits), 0)
+    wide = kernel.narrow if any(word in result.variants[0] for word in NARROW) else kernel.wide
+    # Signs of a slow kernel: where its launch parameters were measured, the clock has the last word.
     if result.spills > spills and not result.measured:
         found.append(f"spills {result.spills} bytes, {spills} allowed")
-    wide = kernel.narrow if any(word in result.variants[0] for word in NARROW) else kernel.wide
-    if (result.target, bits) == ("cuda:90", 16) and result.wide_loads < wide:
+    if result.wide_loads < wide and (result.target, bits) == ("cuda:90", 16) and not result.measured:
         found.append(f"{result.wide_loads:.0%} of the bytes in loads of 16, {wide:.0%} promised")
     if kernel.tensor_core and not result.tensor_core:
         found.append("its products are not on tensor cores")
@@ -255,8 +255,9 @@ def test_every_bound_can_be_broken(change, fault):
     assert fault in found
 
 
-def test_a_measured_configuration_may_spill():
-    assert faults(replace(GOOD, spills=8, measured=True)) == []
+def test_a_measured_configuration_may_spill_and_load_as_it_likes():
+    assert faults(replace(GOOD, spills=8, wide_loads=0.1, measured=True)) == []
+    assert faults(replace(GOOD, shared=228 * KIB, measured=True))
 
 
 def test_masks_and_narrow_patches_have_a_bound_of_their_own():

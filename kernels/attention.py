@@ -4,7 +4,7 @@ O = softmax(Q K^T / sqrt(D)) V per head, read from and written to the layouts th
 no transposes, no copies. Malformed arguments raise ValueError; a backend that can't run raises
 BackendUnavailable.
 
-Two regimes, chosen by `regime` from the shape alone:
+Two regimes, chosen by `regime` from shape and dtype alone:
 - short (attention_short.py): one program holds all scores of a head, of one sequence or of several. Nothing but
   qkv is saved: the backward recomputes the scores and writes dQ, dK and dV in one pass.
 - tiled (attention_tiled.py): a running softmax over blocks of keys; saves O and the log of the row sums.
@@ -27,6 +27,7 @@ from . import attention_short, attention_tiled, reference
 from .attention_short import Short
 from .attention_tiled import Tiled
 from .backend import Backend, BackendUnavailable, resolve
+from .checks import check_device
 
 HEAD_DIMS = (32, 64, 80, 128)
 LONGEST = 1024
@@ -36,12 +37,12 @@ log = logging.getLogger("msm_kernels")
 
 
 def regime(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Literal["short", "tiled", "sdpa"]:
-    """How a sequence is handled: a function of its shape alone, so that what is saved for backward is known ahead.
+    """How a sequence is handled: a function of shape and dtype alone, so that what is saved for backward is known.
 
     What a program holds on the chip sets the bounds of the short regime; beyond LONGEST tokens, or for a width
     of a head that is none of HEAD_DIMS, it is torch's scaled_dot_product_attention.
     """
-    if num_tokens > LONGEST or head_dim not in HEAD_DIMS:
+    if sdpa_note(num_tokens, head_dim):
         return "sdpa"
     longest = 32 if dtype == torch.float32 else 64 if head_dim > 64 else 128
     return "short" if num_tokens <= longest else "tiled"
@@ -146,14 +147,21 @@ def attention(qkv: Tensor, num_heads: int, key_mask: Tensor | None = None, backe
     qkv [B, N, 3 * H * D] as the projection wrote it (all queries, all keys, all values; heads contiguous
     within each) -> [B, N, H * D] in the dtype of `qkv`. `key_mask` bool [B, N]: False keys, finite ones, have
     no influence; a clip without any key gives zeros. The kernels take D in HEAD_DIMS and N up to LONGEST; past
-    either, "auto" takes torch's scaled_dot_product_attention and says so once, as does "triton" for longer N.
+    either, "auto" takes torch's scaled_dot_product_attention and says so once, as does "triton" for longer N; its
+    backward may use atomics unless torch.use_deterministic_algorithms is on. Short sequences can share a tile: a
+    NaN or infinity in one clip then spoils its neighbours there too; finite values, however large, do not.
     """
-    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[2]:
-        raise ValueError(f"qkv is {list(qkv.shape)}: must be [B, N, 3 * heads * width] for num_heads = {num_heads}")
+    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[1:].numel():
+        raise ValueError(
+            f"qkv is {list(qkv.shape)}: must be [B, N, 3 * heads * width] for num_heads = {num_heads}, N and width "
+            "1 or more"
+        )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != qkv.shape[:2]):
         raise ValueError(
             f"key_mask is {key_mask.dtype} {list(key_mask.shape)}: must be torch.bool {list(qkv.shape[:2])}"
         )
+    if key_mask is not None:
+        check_device(qkv.device, key_mask=key_mask)
     if resolve(backend, qkv.device, qkv.dtype) == "reference":
         return reference.attention(qkv, num_heads, key_mask)
     head_dim = _head_dim(qkv, num_heads)
@@ -170,8 +178,8 @@ def _sdpa(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
     """torch's attention on views of qkv; a clip without any key gives zeros here too."""
     B, N, _ = qkv.shape
     if not torch.compiler.is_compiling():
-        _say_sdpa(N > LONGEST, _head_dim(qkv, num_heads))
-    q, k, v = qkv.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        _say(sdpa_note(N, _head_dim(qkv, num_heads)))
+    q, k, v = qkv.view(B, N, 3, num_heads, _head_dim(qkv, num_heads)).permute(2, 0, 3, 1, 4)
     if key_mask is None:
         out = scaled_dot_product_attention(q, k, v)
     else:
@@ -179,10 +187,18 @@ def _sdpa(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
         # A clip without keys attends to all of them, then counts for nothing: no NaN on the way.
         out = scaled_dot_product_attention(q, k, v, attn_mask=(key_mask | ~some)[:, None, None, :])
         out = out * some[:, None, :, None]
-    return out.transpose(1, 2).reshape(B, N, -1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def sdpa_note(num_tokens: int, head_dim: int) -> str | None:
+    """What to log about sequences that no kernel takes; none for those that one does."""
+    if num_tokens <= LONGEST and head_dim in HEAD_DIMS:
+        return None
+    reason = f"sequences longer than {LONGEST} tokens" if num_tokens > LONGEST else f"heads {head_dim} wide"
+    return f"attention: {reason} go to torch's scaled_dot_product_attention"
 
 
 @cache
-def _say_sdpa(too_long: bool, head_dim: int) -> None:
-    reason = f"sequences longer than {LONGEST} tokens" if too_long else f"heads {head_dim} wide"
-    log.warning("attention: %s go to torch's scaled_dot_product_attention", reason)
+def _say(note: str) -> None:
+    """Once for each note: not at every step."""
+    log.warning(note)

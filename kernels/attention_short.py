@@ -11,7 +11,7 @@ The backward recomputes P, needs neither O nor row sums, and writes dQ, dK and d
 base 2, S * log2(e). The launchers trust their arguments; `attention.attention` checks them.
 
 Legend: B clips, N tokens, H heads, D width of a head, W = H * D; COLS is D rounded up to a power of two. q, k, v tiles
-of queries, keys, values; x_t the tail of x; d_x its gradient.
+of queries, keys, values; x_t the tail of x; d_x its gradient; scale is log2(e) / sqrt(D), natural 1 / sqrt(D).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_rows import LOG2E, load_rows, sizes, store_rows, valid_keys, with_mask
 from .backend import dot_precision, jit, launch, tl
+from .blocks import blocks_of, power_of_two
 from .configurations import configuration
-
-LOG2E = 1.4426950408889634
 
 
 class Short(NamedTuple):
@@ -39,25 +39,12 @@ class Short(NamedTuple):
 
 
 @jit
-def load_rows(pointer, rows, columns, valid, stride, D: tl.constexpr):
-    """Rows of a matrix with D columns; zeros where not valid and beyond D."""
-    mask = valid[:, None] & (columns < D)[None, :]
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@jit
-def store_rows(pointer, rows, columns, valid, stride, values, D: tl.constexpr):
-    mask = valid[:, None] & (columns < D)[None, :]
-    tl.store(pointer + rows[:, None] * stride + columns[None, :], values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@jit
 def _allowed(query_rows, key_rows, key_valid, num_tokens, PACKED: tl.constexpr):
     """Which keys each query of a tile sees: valid ones, of its own sequence where several share the tile."""
     if PACKED:
         allowed = key_valid[None, :] & ((query_rows // num_tokens)[:, None] == (key_rows // num_tokens)[None, :])
     else:
-        allowed = key_valid[None, :] & (query_rows >= 0)[:, None]
+        allowed = key_valid[None, :] & (query_rows >= 0)[:, None]  # the second is true: it gives the shape
     return allowed
 
 
@@ -113,13 +100,6 @@ def _transposed_products(a, x, a_t, x_t, PRECISION: tl.constexpr):
     """a^T x + a_t^T x_t."""
     product = tl.dot(tl.trans(a), x, input_precision=PRECISION)
     return tl.dot(tl.trans(a_t), x_t, product, input_precision=PRECISION)
-
-
-@jit
-def valid_keys(key_mask, first, rows, valid, MASKED: tl.constexpr):
-    if MASKED:
-        valid = valid & (tl.load(key_mask + first + rows, mask=valid, other=0) != 0)
-    return valid
 
 
 @jit(do_not_specialize=["num_tokens", "num_rows", "num_heads"])
@@ -258,7 +238,8 @@ def short_backward(
 
 
 def default(num_tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> Short:
-    """The tile that takes the fewest instructions a sequence without spilling registers (README, "Tiles")."""
+    """Tiles that take few instructions a sequence, spill no registers and leave room for several programs beside
+    each other (README, "Tiles")."""
     narrow = head_dim <= 64
     if dtype == torch.float32:
         return Short(32, 0, 1, 4 if narrow else 8, 1)
@@ -304,26 +285,10 @@ def _launch(kernel, config: Short, num_heads: int, tensors: tuple, scales: tuple
     qkv, key_mask = tensors[:2]
     B, N, W, D = sizes(qkv, num_heads)
     packed = (config.rows + config.tail) // N  # sequences in a tile
-    programs = -(-B // (packed * config.loops)) * num_heads
+    programs = blocks_of(B, packed * config.loops) * num_heads
     launch(
         kernel, programs, *with_mask(tensors), N, B * N, num_heads, W, *scales,
-        D=D, COLS=columns_of(D), ROWS=config.rows, TAIL=config.tail, LOOPS=config.loops, PACKED=packed > 1,
+        D=D, COLS=power_of_two(D), ROWS=config.rows, TAIL=config.tail, LOOPS=config.loops, PACKED=packed > 1,
         MASKED=key_mask is not None, PRECISION=dot_precision(qkv), STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
-
-
-def sizes(qkv: Tensor, num_heads: int) -> tuple[int, int, int, int]:
-    """B, N, W, D."""
-    width = qkv.shape[2] // 3
-    return qkv.shape[0], qkv.shape[1], width, width // num_heads
-
-
-def with_mask(tensors: tuple) -> tuple:
-    """Where there is no mask any pointer does: MASKED says that it is not read."""
-    qkv, key_mask, *rest = tensors
-    return (qkv, qkv if key_mask is None else key_mask.view(torch.uint8), *rest)
-
-
-def columns_of(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()

@@ -10,7 +10,7 @@ with P = exp2(S - lse) and dS = P * (dO V^T - delta). Scores are kept in base 2,
 launchers trust their arguments; `attention.attention` checks them.
 
 Legend: B clips, N tokens, H heads, D width of a head, W = H * D; COLS is D rounded up to a power of two. q, k, v blocks
-of queries, keys, values; d_x the gradient of x.
+of queries, keys, values; d_x the gradient of x; scale is log2(e) / sqrt(D), natural 1 / sqrt(D).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_short import LOG2E, columns_of, load_rows, sizes, store_rows, valid_keys, with_mask
+from .attention_rows import LOG2E, load_rows, sizes, store_rows, valid_keys, with_mask
 from .backend import dot_precision, jit, launch, tl
+from .blocks import blocks_of, power_of_two
 from .configurations import configuration
 
 
@@ -293,8 +294,8 @@ def _launch(kernel, config: Tiled, block: int, num_heads: int, tensors: tuple, s
     qkv, key_mask = tensors[:2]
     B, N, W, D = sizes(qkv, num_heads)
     launch(
-        kernel, B * num_heads * -(-N // block), *with_mask(tensors), N, num_heads, W, *scales,
-        D=D, COLS=columns_of(D), BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        kernel, B * num_heads * blocks_of(N, block), *with_mask(tensors), N, num_heads, W, *scales,
+        D=D, COLS=power_of_two(D), BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
         MASKED=key_mask is not None, PRECISION=dot_precision(qkv), STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -136,8 +136,14 @@ def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype | No
     return _too_old(index)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _too_old(index: int | None) -> str | None:
+    """The same in every call: torch.compile need not look inside."""
+    return _asked_once_too_old(index)
+
+
+@cache
+def _asked_once_too_old(index: int | None) -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability(index) >= OLDEST_NVIDIA:
         return None
     return "the GPU has compute capability {}.{}; the kernels need 8.0".format(*torch.cuda.get_device_capability(index))

@@ -1,4 +1,4 @@
-"""Sums over rows without atomics, and the arithmetic of blocks.
+"""Sums over rows without atomics.
 
 Rows are cut into chunks, as many as the shape alone says; each chunk leaves a partial sum in a float32 scratch, and
 `launch_sum_chunks` adds them in a fixed order: two runs give the same bits.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import jit, launch, tl
+from .blocks import blocks_of
 
 CHUNK_ROWS = 256
 """Rows of a partial sum, at least."""
@@ -48,11 +49,3 @@ def chunks_of(num_rows: int, most: int) -> tuple[int, int]:
     """How many chunks the rows are cut into, and how many rows each has."""
     chunk_rows = blocks_of(max(CHUNK_ROWS, blocks_of(num_rows, most)), 16) * 16
     return blocks_of(num_rows, chunk_rows), chunk_rows
-
-
-def blocks_of(number: int, block: int) -> int:
-    return -(-number // block)
-
-
-def power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

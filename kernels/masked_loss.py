@@ -26,11 +26,12 @@ from torch import Tensor
 
 from . import reference
 from .backend import Backend, jit, launch, resolve, tl
+from .blocks import blocks_of, power_of_two
+from .checks import check_device, check_shape
 from .configurations import configuration
-from .patch_masking import check_patches, check_shape
-from .reference import Masking
+from .patch_masking import check_patches
+from .reference import EPSILON, Masking
 
-EPSILON = 1e-6
 # Rows and patches are counted in 32 bits; pixels of the whole batch are not.
 UNSPECIALIZED = ["num_rows", "num_masked", "num_bands"]
 
@@ -150,7 +151,7 @@ def shape_class(patch_size: tuple[int, int]) -> str:
 
 def default_config(patch_size: tuple[int, int]) -> LossConfig:
     """About 4096 elements a program, 32 a thread; a warp's breadth of rows where threads go along the rows."""
-    padded = _power_of_two(patch_size[0] * patch_size[1])
+    padded = power_of_two(patch_size[0] * patch_size[1])
     rows = max(4096 // padded, 32 if patch_size[1] < 4 else 1)
     return LossConfig(rows, max(1, min(8, rows * padded // 1024)))
 
@@ -165,7 +166,7 @@ def launch_forward(
 ) -> Tensor:
     """The loss, a float32 scalar."""
     config = config or _configuration("masked_loss_forward", prediction, patch_size)
-    num_programs = -(-ids_masked.numel() // config.rows)
+    num_programs = blocks_of(ids_masked.numel(), config.rows)
     shares = torch.empty(num_programs, dtype=torch.float32, device=prediction.device)
     _launch(loss_forward_kernel, (prediction, spectrogram, ids_masked, shares), patch_size, normalize, config)
     return shares.sum()
@@ -195,14 +196,14 @@ def _launch(
     num_rows = ids_masked.numel()
     launch(
         kernel,
-        -(-num_rows // config.rows),
+        blocks_of(num_rows, config.rows),
         *(tensor.contiguous() for tensor in tensors),
         num_rows,
         ids_masked.shape[1],
         *spectrogram.shape[2:],
         PH=patch_size[0],
         PW=patch_size[1],
-        PIXELS=_power_of_two(patch_size[0] * patch_size[1]),
+        PIXELS=power_of_two(patch_size[0] * patch_size[1]),
         NORMALIZE=normalize,
         EPSILON=EPSILON,
         ROWS=config.rows,
@@ -213,10 +214,6 @@ def _launch(
 def _configuration(kernel: str, prediction: Tensor, patch_size: tuple[int, int]) -> LossConfig:
     default = default_config(patch_size)
     return configuration(kernel, shape_class(patch_size), prediction.dtype, prediction.device, default)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 @torch.library.custom_op("msm_kernels::masked_loss", mutates_args=())
@@ -277,8 +274,7 @@ def _spectrogram_gradient(
         d_target = (d_target - d_target.mean(dim=-1, keepdim=True) - target * along) / spread
     ids = ids_masked.unsqueeze(-1).expand_as(d_target)
     d_patches = torch.zeros_like(patches).scatter(1, ids, d_target.to(patches.dtype))
-    B, _, F, T = spectrogram.shape
-    return d_patches.view(B, F // ph, T // pw, ph, pw).transpose(2, 3).reshape(B, 1, F, T)
+    return reference.unpatchify(d_patches, spectrogram.shape[2:], (ph, pw))
 
 
 def masked_patch_loss(
@@ -298,8 +294,11 @@ def masked_patch_loss(
     check_patches(spectrogram, masking, patch_size)
     pixels = patch_size[0] * patch_size[1]
     check_shape("prediction", prediction, (*masking.ids_masked.shape, pixels))
+    check_device(spectrogram.device, prediction=prediction)
     if not prediction.numel():
-        raise ValueError("masking hides no patch of the batch: the loss needs at least one")
+        raise ValueError(
+            f"masking hides no patch of the batch of {prediction.shape[0]} clips: the loss needs at least one"
+        )
     if normalize and pixels < 2:
         raise ValueError(f"patch_size = {patch_size}: the variance of a normalised target needs 2 pixels or more")
     if resolve(backend, prediction.device, torch.promote_types(prediction.dtype, spectrogram.dtype)) == "reference":

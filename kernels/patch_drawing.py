@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import jit, launch, tl
-from .chunked_sums import power_of_two
+from .blocks import power_of_two
 from .configurations import configuration
 from .reference import Masking
 

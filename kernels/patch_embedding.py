@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .backend import dot_precision, jit, launch, tl
-from .chunked_sums import blocks_of, chunks_of, launch_sum_chunks, power_of_two
+from .blocks import blocks_of, power_of_two
+from .chunked_sums import chunks_of, launch_sum_chunks
 from .configurations import configuration
+from .reference import unpatchify
 
 EMBED_SCRATCH = 6 << 20
 """Numbers in the partial sums of the embedding's weight together, at most; 32 sums of the base model's."""
@@ -326,9 +328,9 @@ def _spectrogram_gradient(
     d_tokens: Tensor, ids_keep: Tensor, weight: Tensor, patch_size: tuple[int, int], shape: torch.Size, dtype
 ) -> Tensor:
     """d spectrogram [B, 1, F, T], zeros at the masked patches; training never asks for it."""
-    (ph, pw), (B, _, F, T) = patch_size, shape
+    (ph, pw), (_, _, F, T) = patch_size, shape
     d_patches = _at_patches(d_tokens.float() @ weight.float(), ids_keep, F // ph * (T // pw))
-    return d_patches.view(B, F // ph, T // pw, ph, pw).transpose(2, 3).reshape(shape).to(dtype)
+    return unpatchify(d_patches, (F, T), patch_size).to(dtype)
 
 
 def _at_patches(rows: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:

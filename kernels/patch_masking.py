@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import DTYPES, Backend, resolve
+from .checks import check_device, check_shape
 from .patch_drawing import mask_op
 from .patch_embedding import embed_op
 from .patch_rows import restore_op, select_op
@@ -72,10 +73,11 @@ def embed_visible_patches(
     added here.
     """
     num_patches = check_patches(spectrogram, masking, patch_size)
-    width, pixels = weight.shape[0], patch_size[0] * patch_size[1]
+    width, pixels = weight.shape[0] if weight.ndim else 0, patch_size[0] * patch_size[1]
     check_shape("weight", weight, (width, pixels))
     check_shape("bias", bias, (width,))
     check_shape("positions", positions, (num_patches, width))
+    check_device(spectrogram.device, weight=weight, bias=bias, positions=positions)
     if resolve(backend, spectrogram.device, _deciding_dtype(weight, spectrogram, bias, positions)) == "reference":
         return reference.embed_visible_patches(spectrogram, masking, weight, bias, positions, patch_size)
     return embed_op(spectrogram, masking.ids_keep, weight, bias, positions, *patch_size)
@@ -99,6 +101,7 @@ def restore_tokens(
     check_shape("tokens", tokens, (batch, num_prefix + num_keep, width))
     check_shape("mask_token", mask_token, (1, 1, width))
     check_shape("positions", positions, (num_prefix + masking.ids_restore.shape[1], width))
+    check_device(tokens.device, mask_token=mask_token, positions=positions, **masking._asdict())
     if resolve(backend, tokens.device, _deciding_dtype(tokens, mask_token, positions)) == "reference":
         return reference.restore_tokens(tokens, masking, mask_token, positions, num_prefix)
     return restore_op(tokens, masking.ids_restore, mask_token, positions, num_prefix)
@@ -112,6 +115,7 @@ def select_masked_tokens(tokens: Tensor, masking: Masking, num_prefix: int, back
     batch, num_patches = masking.ids_restore.shape
     check_shape("tokens", tokens, (batch, num_prefix + num_patches, tokens.shape[-1]))
     check_shape("masking.ids_masked", masking.ids_masked, (batch, num_patches - masking.ids_keep.shape[1]))
+    check_device(tokens.device, **masking._asdict())
     if resolve(backend, tokens.device, tokens.dtype) == "reference":
         return reference.select_masked_tokens(tokens, masking, num_prefix)
     return select_op(tokens, masking.ids_masked, masking.ids_restore, num_prefix)
@@ -123,6 +127,8 @@ def check_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, 
     if spectrogram.ndim != 4 or spectrogram.shape[1] != 1:
         raise ValueError(f"spectrogram is {list(spectrogram.shape)}: must be [B, 1, mel bands, frames]")
     batch, _, bands, frames = spectrogram.shape
+    if ph < 1 or pw < 1:
+        raise ValueError(f"patch_size = {patch_size}: must be 1 or more bands and frames")
     if bands % ph or frames % pw or not bands * frames:
         raise ValueError(f"spectrogram of {bands} bands x {frames} frames: must be a whole number of {ph}x{pw} patches")
     num_patches = (bands // ph) * (frames // pw)
@@ -130,12 +136,8 @@ def check_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, 
     num_keep = masking.ids_keep.shape[-1]
     check_shape("masking.ids_keep", masking.ids_keep, (batch, num_keep))
     check_shape("masking.ids_masked", masking.ids_masked, (batch, num_patches - num_keep))
+    check_device(spectrogram.device, **masking._asdict())
     return num_patches
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} is {list(tensor.shape)}: must be {list(shape)}")
 
 
 def _deciding_dtype(*operands: Tensor) -> torch.dtype:

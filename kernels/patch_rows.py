@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .backend import jit, launch, tl
-from .chunked_sums import blocks_of, chunks_of, launch_sum_chunks, power_of_two
+from .blocks import blocks_of, power_of_two
+from .chunked_sums import chunks_of, launch_sum_chunks
 from .configurations import configuration
 
 RESTORE_CHUNKS = 256

@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 MASK_TAG = 1  # purpose of the draw, in the top byte of counter word 1: other draws of a sample take other tags
 CROP_BITS = 24
 UINT32 = 0xFFFFFFFF
+EPSILON = 1e-6
+"""Added to the variance of a target patch that is normalised."""
 
 
 class Masking(NamedTuple):
@@ -70,6 +72,13 @@ def patchify(spectrogram: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return patches.flatten(3).flatten(1, 2)
 
 
+def unpatchify(patches: Tensor, shape: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """Patches [B, L, ph * pw] back to spectrograms [B, 1, *shape]: the inverse of `patchify`."""
+    (bands, frames), (ph, pw) = shape, patch_size
+    tiles = patches.reshape(-1, bands // ph, frames // pw, ph, pw)
+    return tiles.transpose(2, 3).reshape(-1, 1, bands, frames)
+
+
 def embed_visible_patches(
     spectrogram: Tensor,
     masking: Masking,
@@ -107,7 +116,7 @@ def masked_patch_loss(
     target = select_rows(patchify(spectrogram, patch_size), masking.ids_masked).to(dtype)
     if normalize:
         variance, mean = torch.var_mean(target, dim=-1, correction=1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
+        target = (target - mean) / (variance + EPSILON).sqrt()
     return (prediction.to(dtype) - target).square().mean()
 
 
@@ -115,7 +124,8 @@ def attention(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
     """See `attention.attention`."""
     B, N, _ = qkv.shape
     dtype = _compute_dtype(qkv)
-    q, k, v = qkv.to(dtype).view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, C] each
+    parts = qkv.to(dtype).view(B, N, 3, num_heads, qkv.shape[2] // 3 // num_heads)
+    q, k, v = parts.permute(2, 0, 3, 1, 4)  # [B, H, N, C] each
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, N, N]
     if key_mask is not None:
         hidden = ~key_mask[:, None, None, :]
@@ -124,7 +134,7 @@ def attention(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
         weights = scores.softmax(dim=-1).masked_fill(hidden, 0)
     else:
         weights = scores.softmax(dim=-1)
-    return (weights @ v).transpose(1, 2).reshape(B, N, -1).to(qkv.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 def select_rows(values: Tensor, ids: Tensor) -> Tensor:

@@ -60,12 +60,14 @@ def some_keys(B, N):
         (5, 17, 3, 64),
         (3, 17, 2, 80),
         (3, 37, 2, 32),
+        (2, 17, 1, 128),
         (2, 48, 1, 128),
         (1, 64, 2, 64),
         (3, 66, 1, 64),
         (2, 66, 1, 80),
         (1, 96, 1, 32),
         (3, 103, 1, 64),
+        (1, 103, 1, 128),
         (1, 129, 2, 32),
         (2, 131, 1, 64),
         (1, 191, 1, 80),
@@ -192,12 +194,20 @@ def test_two_backward_passes_give_the_same_bits(N):
     assert torch.equal(*gradients)
 
 
-def test_a_clip_does_not_depend_on_the_others_of_its_batch():
-    qkv = draw(7, 17, 3 * 64, dtype=torch.float16)
-    together = attention(qkv, 2, backend="triton")
-    poisoned = qkv.clone()
-    poisoned[3:] = float("nan")
-    assert torch.equal(attention(poisoned, 2, backend="triton")[:3], together[:3])
+@pytest.mark.parametrize(
+    "N, config",
+    [(5, None), (8, None), (17, None), (17, Short(64, 0, 1, 4, 1)), (33, Short(64, 16, 1, 4, 1)), (140, None)],
+)
+def test_a_clip_does_not_depend_on_the_others_of_its_batch(N, config):
+    qkv, grad = draw(7, N, 3 * 64, dtype=torch.float16), draw(7, N, 64, seed=1, dtype=torch.float16)
+    other = torch.where(torch.arange(7, device=DEVICE)[:, None, None] == 3, 200 * qkv, qkv)
+    results = []
+    for value in (qkv, other):
+        out, lse = launch_forward(value, 2, None, config)
+        results.append((out, launch_backward(grad, value, out, lse, 2, None, config)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one[:3], two[:3])
+        assert torch.equal(one[4:], two[4:])
 
 
 def test_inputs_and_gradients_may_be_views():
@@ -211,12 +221,26 @@ def test_inputs_and_gradients_may_be_views():
     assert torch.equal(view.grad, plain.grad)
 
 
-def test_no_clips_are_no_work():
-    qkv = torch.empty(0, 17, 3 * 64, device=DEVICE).requires_grad_()
-    out = attention(qkv, 2, backend="triton")
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("N", [17, 140, 1030])
+def test_no_clips_are_no_work(N, backend):
+    qkv = torch.empty(0, N, 3 * 64, device=DEVICE).requires_grad_()
+    out = attention(qkv, 2, backend=backend)
     out.sum().backward()
-    assert out.shape == (0, 17, 64)
+    assert out.shape == (0, N, 64)
     assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_no_tokens_are_refused(backend):
+    with pytest.raises(ValueError, match="N and width 1 or more"):
+        attention(torch.empty(2, 0, 3 * 64, device=DEVICE), 2, backend=backend)
+
+
+def test_a_mask_on_another_device_is_refused():
+    key_mask = torch.ones(2, 5, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="key_mask is on meta"):
+        attention(draw(2, 5, 3 * 64), 2, key_mask, backend="triton")
 
 
 @pytest.mark.parametrize("N, masked", [(17, False), (17, True), (129, True)])
@@ -229,7 +253,7 @@ def test_ops_are_what_torch_asks_of_custom_ops(N, masked):
     torch.library.opcheck(subject._attention_backward, (torch.ones_like(out), qkv.detach(), saved, lse, 1, key_mask))
 
 
-def test_regime_depends_on_the_shape_alone():
+def test_regime_depends_on_shape_and_dtype_alone():
     bf16, fp32 = torch.bfloat16, torch.float32
     assert [regime(n, 64, bf16) for n in (1, 128, 129, 1024, 1025)] == ["short", "short", "tiled", "tiled", "sdpa"]
     assert [regime(n, 64, fp32) for n in (32, 33)] == ["short", "tiled"]
@@ -250,7 +274,7 @@ def test_every_short_sequence_fits_its_default_tile():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_longer_sequences_go_to_torch_and_say_so_once(caplog, masked):
-    subject._say_sdpa.cache_clear()
+    subject._say.cache_clear()
     key_mask = some_keys(3, 1030) if masked else None
     with caplog.at_level(logging.WARNING, logger="msm_kernels"):
         errors_of_two = [errors(3, 1030, 1, 32, torch.float32, key_mask) for _ in range(2)]
@@ -258,6 +282,16 @@ def test_longer_sequences_go_to_torch_and_say_so_once(caplog, masked):
     assert [record.getMessage() for record in caplog.records] == [
         "attention: sequences longer than 1024 tokens go to torch's scaled_dot_product_attention"
     ]
+
+
+def test_a_width_that_no_kernel_takes_goes_to_torch_under_auto(caplog, monkeypatch):
+    subject._say.cache_clear()
+    monkeypatch.setattr(subject, "resolve", lambda *_: "triton")  # as on a GPU
+    qkv = draw(2, 5, 3 * 48)
+    with caplog.at_level(logging.WARNING, logger="msm_kernels"):
+        out = attention(qkv, 1)
+    assert relative_error(out, reference.attention(qkv.double(), 1, None)) < 1e-6
+    assert "heads 48 wide go to torch's scaled_dot_product_attention" in caplog.text
 
 
 def test_a_width_that_no_kernel_takes_is_refused_when_triton_is_asked_for():

@@ -41,7 +41,7 @@ def machine(monkeypatch):
     """A function that makes the backend believe in a machine: GPU capability or none, Triton or none."""
 
     def make(gpu: tuple[int, int] | None = None, hip: str | None = None, triton=backend.triton, interpreted=False):
-        backend._too_old.cache_clear()
+        backend._asked_once_too_old.cache_clear()
         capability.cache_clear()
         monkeypatch.setattr(backend, "triton", triton)
         monkeypatch.setattr(backend, "INTERPRETED", interpreted)
@@ -50,7 +50,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
 
     yield make
-    backend._too_old.cache_clear()
+    backend._asked_once_too_old.cache_clear()
     capability.cache_clear()
 
 
@@ -150,6 +150,24 @@ def test_an_amd_gpu_is_named_by_its_architecture(machine, monkeypatch):
 def test_an_unknown_backend_is_refused(check):
     with pytest.raises(ValueError, match="backend = 'cutlass': must be 'auto', 'triton' or 'reference'"):
         check("cutlass")
+
+
+def test_the_choice_is_traceable_on_a_gpu(machine, monkeypatch, recwarn):
+    """Neither a graph break nor a call into the driver in the graph."""
+    machine()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def choose(x):
+        return x + (resolve("auto", GPU, x.dtype) == "triton")
+
+    assert torch.equal(torch.compile(choose, fullgraph=True, backend=keep)(torch.zeros(2)), torch.ones(2))
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
+    assert [node.op for node in graphs[0].graph.nodes] == ["placeholder", "call_function", "output"]
 
 
 def test_the_choice_is_traceable():

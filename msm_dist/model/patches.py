@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msm_dist.errors import ConfigError
+from msm_kernels import reference
 from msm_kernels.reference import patchify
 
 __all__ = ["PatchGrid", "PositionTable", "patchify", "sincos_1d", "sincos_2d", "unpatchify"]
@@ -49,9 +50,7 @@ class PatchGrid:
 
 def unpatchify(patches: Tensor, grid: PatchGrid) -> Tensor:
     """Patches [B, L, ph * pw] back to a spectrogram [B, 1, F, T]: the inverse of `patchify`."""
-    (rows, columns), (height, width) = grid.shape, grid.patch
-    tiles = patches.reshape(-1, rows, columns, height, width)
-    return tiles.transpose(2, 3).reshape(-1, 1, grid.n_mels, grid.frames)
+    return reference.unpatchify(patches, (grid.n_mels, grid.frames), grid.patch)
 
 
 def sincos_2d(grid: PatchGrid, width: int, num_prefix: int = 0) -> Tensor:

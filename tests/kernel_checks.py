@@ -8,11 +8,39 @@ import pytest
 import torch
 from torch import Tensor
 
+from msm_kernels.patch_masking import Masking, masking_from_keep
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MARKS = [pytest.mark.gpu] if ON_GPU else []
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DOT_DTYPES = DTYPES if ON_GPU else [torch.float32, torch.float16]
+
+# Every patch shape of the recipe and one of odd sizes: (patch, bands, frames, visible).
+PATCHES = [
+    ((16, 16), 80, 48, 4),
+    ((16, 8), 32, 40, 3),
+    ((16, 4), 32, 36, 5),
+    ((8, 16), 24, 80, 4),
+    ((8, 8), 24, 40, 7),
+    ((80, 4), 80, 28, 2),
+    ((80, 2), 80, 22, 3),
+    ((80, 1), 80, 17, 4),
+    ((3, 5), 9, 35, 6),
+]
+BATCH = 3  # times the masked patches of PATCHES, never a multiple of a program's rows
+
+
+def name_of(shape) -> str:
+    """A row of PATCHES as the name of a test's case."""
+    return "{}x{}".format(*shape[0])
+
+
+def masking_of(num_patches: int, num_keep: int, batch: int = BATCH) -> Masking:
+    """Random masks, the same on every device."""
+    generator = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(num_patches, generator=generator) for _ in range(batch)])
+    return masking_from_keep(order[:, :num_keep].to(DEVICE), num_patches)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

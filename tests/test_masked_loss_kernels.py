@@ -7,24 +7,21 @@ import torch
 from msm_kernels import masked_loss, reference
 from msm_kernels.backend import BackendUnavailable
 from msm_kernels.masked_loss import LossConfig, default_config, launch_backward, launch_forward, masked_patch_loss
-from msm_kernels.patch_masking import Masking, masking_from_keep
-from tests.kernel_checks import DEVICE, DTYPES, MARKS, ON_GPU, draw, poison_new_tensors, relative_error
+from tests.kernel_checks import (
+    BATCH,
+    DEVICE,
+    DTYPES,
+    MARKS,
+    ON_GPU,
+    PATCHES,
+    draw,
+    masking_of,
+    name_of,
+    poison_new_tensors,
+    relative_error,
+)
 
 pytestmark = MARKS
-
-# Every patch shape of the recipe and one of odd sizes: (patch, bands, frames, visible).
-SHAPES = [
-    ((16, 16), 80, 48, 4),
-    ((16, 8), 32, 40, 3),
-    ((16, 4), 32, 36, 5),
-    ((8, 16), 24, 80, 4),
-    ((8, 8), 24, 40, 7),
-    ((80, 4), 80, 28, 2),
-    ((80, 2), 80, 22, 3),
-    ((80, 1), 80, 17, 4),
-    ((3, 5), 9, 35, 6),
-]
-BATCH = 3  # times the masked patches of SHAPES, never a multiple of a program's rows
 
 # Error by norm against float64: (dtype of the prediction, loss, gradient, reason). The loss is a sum of squares in
 # float32 in every dtype; a gradient in 16 bits is rounded once, by half a unit of its last place at most.
@@ -35,18 +32,10 @@ TOLERANCES = [
 ]
 
 
-def masking_of(shape) -> Masking:
-    (ph, pw), bands, frames, visible = shape
-    num_patches = (bands // ph) * (frames // pw)
-    generator = torch.Generator().manual_seed(1)
-    order = torch.stack([torch.randperm(num_patches, generator=generator) for _ in range(BATCH)])
-    return masking_from_keep(order[:, :visible].to(DEVICE), num_patches)
-
-
 def example(shape, dtype=torch.float32, spectrogram_dtype=torch.float32):
     """Prediction and spectrogram, of another mean and scale in each clip, both wanting gradients; masking."""
-    (ph, pw), bands, frames, _ = shape
-    masking = masking_of(shape)
+    (ph, pw), bands, frames, visible = shape
+    masking = masking_of((bands // ph) * (frames // pw), visible)
     prediction = draw(*masking.ids_masked.shape, ph * pw, seed=2, dtype=dtype)
     level = torch.arange(BATCH, device=DEVICE).view(-1, 1, 1, 1)
     spectrogram = (draw(BATCH, 1, bands, frames, seed=3) * (1 + level) - level).to(spectrogram_dtype)
@@ -60,7 +49,7 @@ def exact(prediction, spectrogram, masking, patch_size, normalize, d_loss=1.0):
     return loss, *torch.autograd.grad(loss * d_loss, operands)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape[0]))
+@pytest.mark.parametrize("shape", PATCHES, ids=name_of)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype, loss_tolerance, gradient_tolerance, reason", TOLERANCES)
 def test_loss_and_gradients_are_the_references(
@@ -80,7 +69,7 @@ def test_loss_and_gradients_are_the_references(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spectrogram_dtype", [torch.float16, torch.bfloat16])
 def test_spectrograms_of_16_bits_are_read_as_they_are(dtype, spectrogram_dtype):
-    prediction, spectrogram, masking = example(SHAPES[0], dtype, spectrogram_dtype)
+    prediction, spectrogram, masking = example(PATCHES[0], dtype, spectrogram_dtype)
     expected = exact(prediction, spectrogram, masking, (16, 16), True)
     loss = masked_patch_loss(prediction, spectrogram, masking, (16, 16), True, "triton")
     gradients = torch.autograd.grad(loss, (prediction, spectrogram))
@@ -91,7 +80,7 @@ def test_spectrograms_of_16_bits_are_read_as_they_are(dtype, spectrogram_dtype):
     assert relative_error(gradients[1], expected[2]) < 4e-3
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[7]], ids=lambda shape: "{}x{}".format(*shape[0]))
+@pytest.mark.parametrize("shape", [PATCHES[0], PATCHES[5], PATCHES[7]], ids=name_of)
 def test_every_configuration_gives_the_same_result(shape):
     prediction, spectrogram, masking = (value.detach() if torch.is_tensor(value) else value for value in example(shape))
     arguments = (prediction, spectrogram, masking.ids_masked, shape[0], True)
@@ -125,7 +114,7 @@ def test_each_kernel_runs_under_the_configuration_of_its_name(monkeypatch):
     monkeypatch.setattr(
         masked_loss, "launch", lambda *args, **kwargs: (programs.append(args[1]), launch(*args, **kwargs))
     )
-    prediction, spectrogram, masking = example(SHAPES[1], torch.float16)
+    prediction, spectrogram, masking = example(PATCHES[1], torch.float16)
     masked_patch_loss(prediction, spectrogram, masking, (16, 8), False, "triton").backward()
     assert asked == [(kernel, "16x8", torch.float16, default_config((16, 8))) for kernel in configurations]
     rows = masking.ids_masked.numel()
@@ -133,7 +122,7 @@ def test_each_kernel_runs_under_the_configuration_of_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[7]], ids=lambda shape: "{}x{}".format(*shape[0]))
+@pytest.mark.parametrize("shape", [PATCHES[0], PATCHES[7]], ids=name_of)
 def test_what_the_visible_pixels_hold_touches_nothing(shape, normalize):
     prediction, spectrogram, masking = example(shape)
     (ph, pw), bands, frames, _ = shape
@@ -152,7 +141,7 @@ def test_what_the_visible_pixels_hold_touches_nothing(shape, normalize):
 
 
 def test_a_poisoned_masked_pixel_shows():
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
     row, column = divmod(int(masking.ids_masked[1, 2]), 3)
     with torch.no_grad():
         spectrogram[1, 0, 16 * row + 15, 16 * column + 15] = float("nan")
@@ -161,7 +150,7 @@ def test_a_poisoned_masked_pixel_shows():
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_strided_operands_and_gradients_are_taken_as_they_come(normalize):
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
     expected = exact(prediction, spectrogram, masking, (16, 16), normalize)
     tall = prediction.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     wide = torch.stack([spectrogram.detach(), -spectrogram.detach()], dim=-1)[..., 0].requires_grad_()
@@ -174,7 +163,7 @@ def test_strided_operands_and_gradients_are_taken_as_they_come(normalize):
 
 
 def test_constant_patches_normalise_to_nothing():
-    prediction, spectrogram, masking = example(SHAPES[7])
+    prediction, spectrogram, masking = example(PATCHES[7])
     with torch.no_grad():
         prediction.zero_()
         spectrogram.fill_(-7.3)
@@ -182,7 +171,7 @@ def test_constant_patches_normalise_to_nothing():
 
 
 def test_float16_predictions_at_their_end_do_not_overflow():
-    prediction, spectrogram, masking = example(SHAPES[0], torch.float16)
+    prediction, spectrogram, masking = example(PATCHES[0], torch.float16)
     with torch.no_grad():
         prediction.fill_(65504)
     expected = exact(prediction, spectrogram, masking, (16, 16), False)
@@ -194,7 +183,7 @@ def test_float16_predictions_at_their_end_do_not_overflow():
 
 def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded():
     """Gradients of about 1e-9 are nothing in float16; times 2**20 they are not."""
-    prediction, spectrogram, masking = example(SHAPES[0], torch.float16)
+    prediction, spectrogram, masking = example(PATCHES[0], torch.float16)
     expected = exact(prediction, spectrogram, masking, (16, 16), False, d_loss=1e-6 * 2**20)
     loss = masked_patch_loss(prediction, spectrogram, masking, (16, 16), False, "triton")
     (loss * 1e-6 * 2**20).backward()
@@ -208,7 +197,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
         monkeypatch.setattr(
             masked_loss, name, lambda *args, name=name, function=function: (calls.append(name), function(*args))[1]
         )
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
     # Who wants gradients, and what runs for it.
     cases = [
         ((), []),
@@ -230,14 +219,14 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
 def test_two_runs_give_the_same_bits():
     runs = []
     for _ in range(2):
-        prediction, spectrogram, masking = example(SHAPES[1], torch.float16)
+        prediction, spectrogram, masking = example(PATCHES[1], torch.float16)
         loss = masked_patch_loss(prediction, spectrogram, masking, (16, 8), True, "triton")
         runs.append((loss, *torch.autograd.grad(loss, (prediction, spectrogram))))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_differentiating_twice_is_refused():
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
     loss = masked_patch_loss(prediction, spectrogram.detach(), masking, (16, 16), False, "triton")
     (gradient,) = torch.autograd.grad(loss, prediction, create_graph=True)
     with pytest.raises(RuntimeError, match="masked_loss_backward"):
@@ -246,7 +235,7 @@ def test_differentiating_twice_is_refused():
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_operators_are_registered_completely(normalize):
-    prediction, spectrogram, masking = example(SHAPES[3])
+    prediction, spectrogram, masking = example(PATCHES[3])
     tensors = (prediction, spectrogram, masking.ids_masked)
     settings = (8, 16, normalize)
     torch.library.opcheck(masked_loss._forward_op, (*tensors, *settings))
@@ -257,7 +246,7 @@ def test_operators_are_registered_completely(normalize):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_the_loss_compiles_into_one_graph(backend):
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
 
     def step(prediction, spectrogram, masking):
         return masked_patch_loss(prediction, spectrogram, masking, (16, 16), True, backend) * 2
@@ -272,6 +261,6 @@ def test_the_loss_compiles_into_one_graph(backend):
 
 
 def test_float64_is_the_references_alone():
-    prediction, spectrogram, masking = example(SHAPES[0])
+    prediction, spectrogram, masking = example(PATCHES[0])
     with pytest.raises(BackendUnavailable, match="not float64"):
         masked_patch_loss(prediction, spectrogram.double(), masking, (16, 16), False, "triton")

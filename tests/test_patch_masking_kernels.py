@@ -13,30 +13,30 @@ from msm_kernels.patch_embedding import EmbedConfig
 from msm_kernels.patch_masking import (
     Masking,
     embed_visible_patches,
-    masking_from_keep,
     random_masking,
     restore_tokens,
     select_masked_tokens,
 )
 from msm_kernels.patch_rows import RowsConfig
-from tests.kernel_checks import DEVICE, DOT_DTYPES, DTYPES, MARKS, ON_GPU, draw, poison_new_tensors, relative_error
+from tests.kernel_checks import (
+    BATCH,
+    DEVICE,
+    DOT_DTYPES,
+    DTYPES,
+    MARKS,
+    ON_GPU,
+    PATCHES,
+    draw,
+    masking_of,
+    name_of,
+    poison_new_tensors,
+    relative_error,
+)
 
 pytestmark = MARKS
 
-# Every patch shape of the recipe and two odd ones: (patch, bands, frames, visible).
-SHAPES = [
-    ((16, 16), 80, 48, 4),
-    ((16, 8), 32, 40, 3),
-    ((16, 4), 32, 36, 5),
-    ((8, 16), 24, 80, 4),
-    ((8, 8), 24, 40, 7),
-    ((80, 4), 80, 28, 2),
-    ((80, 2), 80, 22, 3),
-    ((80, 1), 80, 17, 4),
-    ((3, 5), 9, 35, 6),
-    ((2, 1), 4, 7, 1),
-]
-BATCH = 3
+# And patches of two pixels.
+SHAPES = [*PATCHES, ((2, 1), 4, 7, 1)]
 
 # Error by norm against float64: (dtype of weight and tokens, values, gradients, reason).
 EMBED_TOLERANCES = {
@@ -49,16 +49,6 @@ RESTORE_TOLERANCES = {
     torch.float16: (5e-4, 5e-4, "rounded once to 11 bits"),
     torch.bfloat16: (3e-3 if ON_GPU else 6e-3, 3e-3 if ON_GPU else 6e-3, "rounded once, by the interpreter to zero"),
 }
-
-
-def name_of(shape) -> str:
-    return "{}x{}".format(*shape[0])
-
-
-def masking_of(num_patches: int, num_keep: int, batch: int = BATCH) -> Masking:
-    generator = torch.Generator().manual_seed(1)
-    order = torch.stack([torch.randperm(num_patches, generator=generator) for _ in range(batch)])
-    return masking_from_keep(order[:, :num_keep].to(DEVICE), num_patches)
 
 
 def embedding(shape, dtype=torch.float32, width=40, num_keep=None):
@@ -161,11 +151,12 @@ def test_of_equal_keys_the_first_are_kept(values, num_keep):
     assert torch.equal(kept, expected)  # the padding, as large as the largest key, is never kept
 
 
-def test_all_seeds_run_the_same_compiled_kernel():
+def test_words_of_a_seed_fit_signed_32_bits():
     words = [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1]
     signed = [patch_drawing._signed(word) for word in words]
     assert [word % 2**32 for word in signed] == words
-    assert all(-(2**31) <= word < 2**31 for word in signed)  # Triton takes these, and no others, for 32 bits
+    # Triton takes these, and no others, for 32 bits: test_aot_seeds.py finds one kernel for all of them.
+    assert all(-(2**31) <= word < 2**31 for word in signed)
 
 
 # --- embed_visible_patches
@@ -484,19 +475,3 @@ def test_float64_is_the_references_alone():
     with pytest.raises(BackendUnavailable, match="not float64"):
         select_masked_tokens(rows, masking, 1, "triton")
     assert select_masked_tokens(rows, masking, 1, "auto").dtype == torch.float64
-
-
-@pytest.mark.gpu
-def test_addresses_beyond_32_bits():
-    batch, num_patches, width = 92_000, 64, 384
-    ids = torch.arange(num_patches, device=DEVICE).expand(2, -1)[:, :32]
-    masking = Masking(*(one[:1].expand(batch, -1) for one in masking_from_keep(ids, num_patches)))
-    tokens = draw(1, 32, width, dtype=torch.bfloat16).expand(batch, -1, -1).contiguous().requires_grad_()
-    mask_token, positions = draw(1, 1, width, seed=1, dtype=torch.bfloat16), draw(num_patches, width, seed=2)
-    restored = restore_tokens(tokens, masking, mask_token, positions, 0, "triton")
-    assert restored.numel() > 2**31
-    selected = select_masked_tokens(restored, masking, 0, "triton")
-    (d_tokens,) = torch.autograd.grad(restored, tokens, restored.detach())
-    assert torch.equal(restored[-1], restored[0])
-    assert torch.equal(selected[-1], restored[0, 32:])
-    assert torch.equal(d_tokens[-1], restored[0, :32])

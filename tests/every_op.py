@@ -13,7 +13,7 @@ from msm_kernels.backend import jit, launch, tl
 from msm_kernels.masked_loss import masked_patch_loss
 from msm_kernels.patch_masking import embed_visible_patches, random_masking, restore_tokens, select_masked_tokens
 
-CLIPS, WIDTH = 3, 64
+CLIPS, HEADS, WIDTH = 3, 2, 64
 
 
 @jit
@@ -21,21 +21,37 @@ def store_at(tensor, place):
     tl.store(tensor + place, 1.0)
 
 
-def leaf(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+# (tokens, width of a head, dtype, key mask): several sequences in a tile, one with a tail in tokens or in width, and
+# tiles with a running softmax, which float32 reaches first.
+SEQUENCES = (
+    (5, 32, torch.bfloat16, True),
+    (17, 32, torch.bfloat16, False),
+    (17, 80, torch.bfloat16, False),
+    (66, 32, torch.bfloat16, True),
+    (66, 64, torch.bfloat16, True),
+    (130, 32, torch.bfloat16, False),
+    (130, 80, torch.bfloat16, False),
+    (40, 64, torch.float32, True),
+)
+# (patch, bands, frames)
+ENDS = (((16, 16), 80, 80), ((80, 2), 80, 20), ((3, 5), 9, 35))
 
 
-def attend(tokens: int, masked: bool) -> None:
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+
+
+def attend(tokens: int, head_dim: int, dtype: torch.dtype, masked: bool) -> None:
     key_mask = torch.rand(CLIPS, tokens, device="cuda") > 0.3 if masked else None
-    out = attention(leaf(CLIPS, tokens, 3 * WIDTH), 2, key_mask, "triton")
+    out = attention(leaf(CLIPS, tokens, 3 * HEADS * head_dim, dtype=dtype), HEADS, key_mask, "triton")
     out.backward(torch.randn_like(out))
 
 
-def ends_of_the_model(patch: tuple[int, int], frames: int) -> None:
-    num_patches = 80 // patch[0] * (frames // patch[1])
+def ends_of_the_model(patch: tuple[int, int], bands: int, frames: int) -> None:
+    num_patches = bands // patch[0] * (frames // patch[1])
     num_keep, pixels = num_patches // 3, patch[0] * patch[1]
 
-    spectrogram = torch.randn(CLIPS, 1, 80, frames, device="cuda")
+    spectrogram = torch.randn(CLIPS, 1, bands, frames, device="cuda")
     sample_ids = torch.arange(3 * CLIPS, device="cuda").view(CLIPS, 3)
     masking = random_masking(1, sample_ids, num_patches, num_keep, "triton")
     positions = torch.randn(1 + num_patches, WIDTH, device="cuda")
@@ -54,11 +70,10 @@ def main() -> None:
     if "planted" in sys.argv[1:]:
         launch(store_at, 1, torch.zeros(4, device="cuda"), 2**22)
     else:
-        # Several sequences in a tile; a tail; a running softmax.
-        for tokens, masked in ((17, False), (66, True), (130, False)):
-            attend(tokens, masked)
-        for patch, frames in (((16, 16), 80), ((80, 2), 20)):
-            ends_of_the_model(patch, frames)
+        for sequences in SEQUENCES:
+            attend(*sequences)
+        for ends in ENDS:
+            ends_of_the_model(*ends)
     torch.cuda.synchronize()
     print("every op ran")
 

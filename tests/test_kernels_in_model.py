@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msm_dist.config import Model
 from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_kernels.attention import regime
 from tests.kernel_checks import DEVICE, MARKS, ON_GPU, draw, relative_error
 from tests.processes import run_ranks
 
@@ -22,6 +23,7 @@ SMALL = {
     "decoder_num_heads": 1,
 }
 FRAMES = 48
+LONG = {"patch_size": "16x4"}  # 61 tokens in the decoder; the other patches give 31 at most
 
 
 def build(backend, **settings):
@@ -44,6 +46,7 @@ def gradients(model):
         {"cls_token": False, "normalize_targets": True},
         {"patch_size": "80x4", "mask_ratio": 0.7},
         {"patch_size": "16x8", "key_bias": True, "decoder_positions": "2d"},
+        LONG,
     ],
 )
 def test_loss_and_gradients_are_those_of_the_reference(settings):
@@ -62,17 +65,23 @@ def test_loss_and_gradients_are_those_of_the_reference(settings):
         assert relative_error(gradient, their_gradients[name]) < 1e-5, name
 
 
+def test_long_sequences_reach_the_tiled_attention():
+    spectrogram, _ = batch()
+    num_tokens = spectrogram[0].numel() // (16 * 4) + 1
+    assert regime(num_tokens, SMALL["decoder_embed_dim"] // SMALL["decoder_num_heads"], spectrogram.dtype) == "tiled"
+
+
 def test_unmasked_features_are_those_of_the_reference():
     spectrogram = batch()[0]
     features = [build(backend).encoder.features(spectrogram) for backend in ("triton", "reference")]
     assert relative_error(*features) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_the_bare_model_compiles_to_one_graph(backend):
+@pytest.mark.parametrize("backend, settings", [("triton", {}), ("triton", LONG), ("reference", {})])
+def test_the_bare_model_compiles_to_one_graph(backend, settings):
     """Without a GPU the graph runs as it was captured, forward and backward; with one Inductor compiles it."""
     torch.compiler.reset()
-    plain, compiled = build(backend), build(backend)
+    plain, compiled = build(backend, **settings), build(backend, **settings)
     graph = torch.compile(compiled, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     expected, output = plain(*batch()), graph(*batch())
     expected.loss.backward()
@@ -84,9 +93,9 @@ def test_the_bare_model_compiles_to_one_graph(backend):
         assert relative_error(gradient, gradients(plain)[name]) < 10 * tolerance, name
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_activation_checkpointing_changes_no_bit(backend):
-    plain, thrifty = build(backend), build(backend)
+@pytest.mark.parametrize("backend, settings", [("triton", {}), ("triton", LONG), ("reference", {})])
+def test_activation_checkpointing_changes_no_bit(backend, settings):
+    plain, thrifty = build(backend, **settings), build(backend, **settings)
     for part in (thrifty.encoder.blocks, thrifty.decoder.blocks):
         for block in part:
             block.forward = recomputing(block.forward)

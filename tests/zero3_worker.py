@@ -12,14 +12,14 @@ import deepspeed
 import torch
 
 from msm_dist.engine.world import join_world, leave_world
-from tests.test_kernels_in_model import batch, build
+from tests.test_kernels_in_model import LONG, batch, build
 
 STEPS, LR, MICRO = 3, 1e-3, 2
 
 
 def main(folder: Path) -> None:
     world = join_world(timeout_minutes=5)
-    model = build("triton")
+    model = build("triton", **LONG)
     plain = copy.deepcopy(model)
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
@@ -27,6 +27,7 @@ def main(folder: Path) -> None:
         # No parameter is small enough to stay whole.
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless told, plain AdamW does not
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=config)
     partitioned = sum(parameter.numel() == 0 for parameter in engine.module.parameters())

@@ -10,7 +10,8 @@ from msm_dist.engine.checkpoint import Saved, checkpoint_name
 from msm_dist.engine.world import World
 from msm_dist.environment import device_name
 from msm_dist.monitor import read_metrics
-from msm_kernels.backend import describe
+from msm_kernels.attention import sdpa_note
+from msm_kernels.backend import describe, resolve
 
 
 def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int, saved: Saved | None) -> str:
@@ -24,6 +25,7 @@ def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int,
         f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
     ]
+    lines += [f"note       {note}" for note in attention_notes(cfg, world.device)]
     if corpus.missing:
         lines.append(f"missing    {len(corpus.missing)} of {len(corpus.index.shards)} shards; their slots are filled")
     if world.size == 1 and torch.cuda.device_count() > 1:
@@ -32,6 +34,18 @@ def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int,
             "deepspeed --module msm_dist.pretrain CONFIG"
         )
     return "\n".join(lines)
+
+
+def attention_notes(cfg: Config, device: torch.device) -> list[str]:
+    """What of the model's attention Triton leaves to torch: said here, as a compiled model says nothing on its way."""
+    if resolve(cfg.model.backend, device) == "reference":
+        return []
+    geometry, prefix = cfg.model.geometry, int(cfg.model.cls_token)
+    sequences = (
+        (cfg.num_keep + prefix, geometry.embed_dim // geometry.num_heads),
+        (cfg.num_patches + prefix, geometry.decoder_embed_dim // geometry.decoder_num_heads),
+    )
+    return [note for note in dict.fromkeys(sdpa_note(*sequence) for sequence in sequences) if note]
 
 
 def summary(cfg: Config, step: int, exported: Path) -> str:

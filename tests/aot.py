@@ -122,10 +122,13 @@ def _attention_variants() -> Iterator[Variant]:
         lse = _empty(BATCH, H, num_tokens, dtype=torch.float32)
         mask = _empty(BATCH, num_tokens, dtype=torch.bool) if masked else None
         shape = f"N={num_tokens} D={width}{' masked' if masked else ''}"
-        # All lengths plainly, masks and float32 once in each regime.
-        quick = width == 64 and (
-            (dtype == torch.bfloat16 and (not masked or num_tokens in (66, 1024)))
-            or (dtype == torch.float32 and not masked and num_tokens in (17, 1024))
+        # All lengths and widths plainly, masks and float32 once in each regime.
+        quick = (dtype == torch.bfloat16 and not masked) or (
+            width == 64
+            and (
+                (dtype == torch.bfloat16 and num_tokens in (66, 1024))
+                or (dtype == torch.float32 and not masked and num_tokens in (17, 1024))
+            )
         )
         yield Variant(shape, dtype, partial(attention.launch_forward, qkv, H, mask), quick)
         yield Variant(shape, dtype, partial(attention.launch_backward, out, qkv, out, lse, H, mask), quick)
@@ -178,7 +181,7 @@ def _row_variants(patch_size: tuple[int, int], width: int, dtype: torch.dtype) -
         partial(patch_rows.launch_select_forward, restored, ids_masked, 1),
         partial(patch_rows.launch_select_backward, selected, ids_restore, 1),
     )
-    quick = patch_size == (16, 16) and width in (384, 512) and dtype == torch.bfloat16
+    quick = patch_size == (16, 16) and dtype == torch.bfloat16
     for call in calls:
         yield Variant(f"{_times(patch_size)} D={width}", dtype, call, quick)
 

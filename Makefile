@@ -88,14 +88,16 @@ test-gpu: ready ## run the tests that need a GPU; says so where there is none
 
 bench tune: NEEDS := torch numpy triton pydantic pyyaml safetensors
 bench: ready ## kernels and training step against what a user would pick instead; says so where there is no GPU
-	@code=0; $(PY) -m benchmarks.kernels $(BENCH_ARGS) || code=$$?; \
+	@if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  echo "bench: there is no GPU: skipped"; exit 0; fi; \
+	code=0; $(PY) -m benchmarks.kernels $(BENCH_ARGS) || code=$$?; \
 	$(PY) -m benchmarks.step $(BENCH_ARGS) || code=$$?; exit $$code
 
 tune: ready ## measure launch configurations on this GPU and write kernels/configurations.json
 	@$(PY) -m benchmarks.kernels --tune $(BENCH_ARGS)
 
-gpu-session: ready ## test-gpu, bench and a short training run in under 8 minutes, logged in OUT=folder
-	@PYTHON=$(PY) benchmarks/gpu_session.sh
+gpu-session: $(if $(filter 0,$(VENV)),,ready) ## test-gpu, bench and a short training run in under 8 minutes, logged in OUT=folder
+	@PYTHON=$(PY) benchmarks/gpu_session.sh  # with VENV=0 it checks packages itself, after WHEELS are unpacked
 
 # One variant of each kernel for every GPU: make test-aot PYTEST_ARGS="-k one_variant"
 test-aot: ready ## compile every variant of every kernel for four GPUs; needs none of them, takes long

@@ -8,6 +8,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results/session}
 python=${PYTHON:-python3}
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu-session: there is no GPU: skipped"
+  exit 0
+fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
@@ -17,10 +21,6 @@ if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
     --target "$work/site" "$WHEELS"/*.whl || exit 2
   export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu-session: there is no GPU: skipped"
-  exit 0
 fi
 
 failed=0

@@ -27,7 +27,7 @@ from . import attention_short, attention_tiled, reference
 from .attention_short import Short
 from .attention_tiled import Tiled
 from .backend import Backend, BackendUnavailable, resolve
-from .checks import check_device
+from .checks import check_device, check_floating
 
 HEAD_DIMS = (32, 64, 80, 128)
 LONGEST = 1024
@@ -146,10 +146,11 @@ def attention(qkv: Tensor, num_heads: int, key_mask: Tensor | None = None, backe
 
     qkv [B, N, 3 * H * D] as the projection wrote it (all queries, all keys, all values; heads contiguous
     within each) -> [B, N, H * D] in the dtype of `qkv`. `key_mask` bool [B, N]: False keys, finite ones, have
-    no influence; a clip without any key gives zeros. The kernels take D in HEAD_DIMS and N up to LONGEST; past
-    either, "auto" takes torch's scaled_dot_product_attention and says so once, as does "triton" for longer N; its
-    backward may use atomics unless torch.use_deterministic_algorithms is on. Short sequences can share a tile: a
-    NaN or infinity in one clip then spoils its neighbours there too; finite values, however large, do not.
+    no influence; a clip without any key gives zeros. The kernels take D in HEAD_DIMS and N up to LONGEST. Past
+    either, where kernels would run, "auto" takes torch's scaled_dot_product_attention and says so once, as does
+    "triton" for longer N; its backward may use atomics unless torch.use_deterministic_algorithms is on. Short
+    sequences can share a tile: a NaN or infinity in one clip then spoils its neighbours there too; finite values,
+    however large, do not.
     """
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[1:].numel():
         raise ValueError(
@@ -160,6 +161,7 @@ def attention(qkv: Tensor, num_heads: int, key_mask: Tensor | None = None, backe
         raise ValueError(
             f"key_mask is {key_mask.dtype} {list(key_mask.shape)}: must be torch.bool {list(qkv.shape[:2])}"
         )
+    check_floating(qkv=qkv)
     if key_mask is not None:
         check_device(qkv.device, key_mask=key_mask)
     if resolve(backend, qkv.device, qkv.dtype) == "reference":

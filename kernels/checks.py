@@ -14,3 +14,9 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}: must be on {device}, where the other tensors are")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}: must be a floating-point tensor")

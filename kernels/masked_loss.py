@@ -27,7 +27,7 @@ from torch import Tensor
 from . import reference
 from .backend import Backend, jit, launch, resolve, tl
 from .blocks import blocks_of, power_of_two
-from .checks import check_device, check_shape
+from .checks import check_device, check_floating, check_shape
 from .configurations import configuration
 from .patch_masking import check_patches
 from .reference import EPSILON, Masking
@@ -295,6 +295,7 @@ def masked_patch_loss(
     pixels = patch_size[0] * patch_size[1]
     check_shape("prediction", prediction, (*masking.ids_masked.shape, pixels))
     check_device(spectrogram.device, prediction=prediction)
+    check_floating(prediction=prediction)
     if not prediction.numel():
         raise ValueError(
             f"masking hides no patch of the batch of {prediction.shape[0]} clips: the loss needs at least one"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import DTYPES, Backend, resolve
-from .checks import check_device, check_shape
+from .checks import check_device, check_floating, check_shape
 from .patch_drawing import mask_op
 from .patch_embedding import embed_op
 from .patch_rows import restore_op, select_op
@@ -78,6 +78,7 @@ def embed_visible_patches(
     check_shape("bias", bias, (width,))
     check_shape("positions", positions, (num_patches, width))
     check_device(spectrogram.device, weight=weight, bias=bias, positions=positions)
+    check_floating(weight=weight, bias=bias, positions=positions)
     if resolve(backend, spectrogram.device, _deciding_dtype(weight, spectrogram, bias, positions)) == "reference":
         return reference.embed_visible_patches(spectrogram, masking, weight, bias, positions, patch_size)
     return embed_op(spectrogram, masking.ids_keep, weight, bias, positions, *patch_size)
@@ -96,12 +97,15 @@ def restore_tokens(
     tokens [B, P + K, D], mask_token [1, 1, D], positions [P + L, D] -> [B, P + L, D], dtype of `tokens`.
     The `num_prefix` = P leading tokens keep their place; every patch token is used.
     """
+    check_masking(masking, tokens.device)
+    check_prefix(num_prefix)
     batch, num_keep = masking.ids_keep.shape
     width = tokens.shape[-1]
     check_shape("tokens", tokens, (batch, num_prefix + num_keep, width))
     check_shape("mask_token", mask_token, (1, 1, width))
     check_shape("positions", positions, (num_prefix + masking.ids_restore.shape[1], width))
-    check_device(tokens.device, mask_token=mask_token, positions=positions, **masking._asdict())
+    check_device(tokens.device, mask_token=mask_token, positions=positions)
+    check_floating(tokens=tokens, mask_token=mask_token, positions=positions)
     if resolve(backend, tokens.device, _deciding_dtype(tokens, mask_token, positions)) == "reference":
         return reference.restore_tokens(tokens, masking, mask_token, positions, num_prefix)
     return restore_op(tokens, masking.ids_restore, mask_token, positions, num_prefix)
@@ -112,10 +116,11 @@ def select_masked_tokens(tokens: Tensor, masking: Masking, num_prefix: int, back
 
     tokens [B, P + L, D] -> [B, M, D]; the `num_prefix` = P leading tokens are no patches.
     """
+    check_masking(masking, tokens.device)
+    check_prefix(num_prefix)
     batch, num_patches = masking.ids_restore.shape
     check_shape("tokens", tokens, (batch, num_prefix + num_patches, tokens.shape[-1]))
-    check_shape("masking.ids_masked", masking.ids_masked, (batch, num_patches - masking.ids_keep.shape[1]))
-    check_device(tokens.device, **masking._asdict())
+    check_floating(tokens=tokens)
     if resolve(backend, tokens.device, tokens.dtype) == "reference":
         return reference.select_masked_tokens(tokens, masking, num_prefix)
     return select_op(tokens, masking.ids_masked, masking.ids_restore, num_prefix)
@@ -133,11 +138,26 @@ def check_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, 
         raise ValueError(f"spectrogram of {bands} bands x {frames} frames: must be a whole number of {ph}x{pw} patches")
     num_patches = (bands // ph) * (frames // pw)
     check_shape("masking.ids_restore", masking.ids_restore, (batch, num_patches))
-    num_keep = masking.ids_keep.shape[-1]
+    check_masking(masking, spectrogram.device)
+    check_floating(spectrogram=spectrogram)
+    return num_patches
+
+
+def check_masking(masking: Masking, device: torch.device) -> None:
+    """Check that the three index tensors agree with each other and can be read on `device`."""
+    for name, ids in masking._asdict().items():
+        if ids.dtype != torch.int64 or ids.ndim != 2:
+            raise ValueError(f"masking.{name} is {ids.dtype} {list(ids.shape)}: must be int64 [B, patches]")
+    batch, num_patches = masking.ids_restore.shape
+    num_keep = masking.ids_keep.shape[1]
     check_shape("masking.ids_keep", masking.ids_keep, (batch, num_keep))
     check_shape("masking.ids_masked", masking.ids_masked, (batch, num_patches - num_keep))
-    check_device(spectrogram.device, **masking._asdict())
-    return num_patches
+    check_device(device, **masking._asdict())
+
+
+def check_prefix(num_prefix: int) -> None:
+    if num_prefix < 0:
+        raise ValueError(f"num_prefix = {num_prefix}: must be 0 or more")
 
 
 def _deciding_dtype(*operands: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msm_kernels import reference
+from msm_kernels.attention import attention
 from msm_kernels.patch_masking import (
     embed_visible_patches,
     masking_from_keep,
@@ -305,3 +306,48 @@ def test_selecting_refuses_shapes_that_disagree(change, message):
     arguments |= {"masking": masking_from_keep(torch.tensor([[0, 2]]), 3)}
     with pytest.raises(ValueError, match=message):
         select_masked_tokens(**(arguments | change))
+
+
+MASKING = masking_from_keep(torch.tensor([[0, 2]]), 3)
+
+
+@pytest.mark.parametrize(
+    "masking, message",
+    [
+        (MASKING._replace(ids_keep=MASKING.ids_keep.float()), "masking.ids_keep is torch.float32"),
+        (MASKING._replace(ids_restore=MASKING.ids_restore.int()), "masking.ids_restore is torch.int32"),
+        (MASKING._replace(ids_masked=MASKING.ids_masked[:, :0]), "masking.ids_masked is"),
+        (MASKING._replace(ids_masked=MASKING.ids_masked.to("meta")), "ids_masked is on meta"),
+    ],
+)
+def test_a_masking_that_no_kernel_can_follow_is_refused(masking, message):
+    restoring = (torch.zeros(1, 2, 4), masking, torch.zeros(1, 1, 4), torch.zeros(3, 4), 0)
+    embedding = (torch.zeros(1, 1, 2, 6), masking, torch.zeros(4, 4), torch.zeros(4), torch.zeros(3, 4), (2, 2))
+    for call in (
+        lambda: restore_tokens(*restoring),
+        lambda: select_masked_tokens(torch.zeros(1, 3, 4), masking, 0),
+        lambda: embed_visible_patches(*embedding),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_negative_prefix_is_refused():
+    with pytest.raises(ValueError, match="num_prefix = -1"):
+        restore_tokens(torch.zeros(1, 1, 4), MASKING, torch.zeros(1, 1, 4), torch.zeros(2, 4), -1)
+    with pytest.raises(ValueError, match="num_prefix = -1"):
+        select_masked_tokens(torch.zeros(1, 2, 4), MASKING, -1)
+
+
+def test_integers_are_no_tokens():
+    with pytest.raises(ValueError, match="tokens is torch.int64"):
+        select_masked_tokens(torch.zeros(1, 3, 4).long(), MASKING, 0)
+    with pytest.raises(ValueError, match="qkv is torch.int64"):
+        attention(torch.zeros(1, 3, 6).long(), 2)
+
+
+@pytest.mark.parametrize("patch_size", [(0, 2), (2, -1)])
+def test_a_patch_without_pixels_is_refused(patch_size):
+    spectrogram, weights = torch.zeros(1, 1, 2, 6), (torch.zeros(4, 4), torch.zeros(4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="must be 1 or more bands and frames"):
+        embed_visible_patches(spectrogram, MASKING, *weights, patch_size)

@@ -154,6 +154,8 @@ class Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     """Normalise each target patch by its own mean and deviation."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     """Kernels: auto takes Triton on a GPU where it exists, the reference on a CPU; logged at the start."""
+    activation_checkpointing: bool = False
+    """Keep each block's input only and compute the rest again in the backward: less memory, a third more work."""
 
     @field_validator("patch_size", mode="before")
     @classmethod
@@ -207,8 +209,10 @@ class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     """Crops in one optimiser step, over all ranks and accumulation."""
     micro_batch: int = Field(64, ge=1)
     """Crops in one forward pass of one rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the model; masters, gradients' sums, statistics and loss are fp32 in both."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the model; masters, gradients' sums, statistics and loss are fp32 in all. fp16 needs a GPU."""
+    init_from: str | None = None
+    """Folder of exported weights to start from instead of seeded ones; optimiser, step and order start anew."""
     log_every: int = Field(20, ge=1)
     """Steps between metric lines."""
     valid_every: int = Field(1000, ge=1)
@@ -219,6 +223,8 @@ class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     """Steps between reconstruction pictures; 0: only at the end."""
     trace: bool = False
     """Write a record per sample: the evidence of what was trained on."""
+    profile: str | None = None
+    """Steps START:STOP to record with torch's profiler, such as 20:25; none: no profile."""
 
 
 class Checkpoint(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
@@ -235,8 +241,12 @@ class Checkpoint(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, us
 class Engine(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """DeepSpeed and the process group."""
 
-    zero_stage: Literal[1] = 1
-    """ZeRO stage; selects configs/deepspeed/zeroN.json."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: what is spread over ranks (1 optimiser, 2 gradients too, 3 weights too; 0 nothing, fp32 only)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory: the optimiser (stages 1 to 3), or the parameters too (stage 3)."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile: a slower start, a faster step."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file of your own instead; what this configuration decides may not be set in it."""
     timeout_minutes: float = Field(30.0, gt=0, le=100_000)
@@ -275,6 +285,14 @@ class Config(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_at
     def num_keep(self) -> int:
         """Patches the encoder sees: int(L * (1 - ratio)), as the published code has it."""
         return int(self.num_patches * (1 - self.model.mask_ratio))
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First step to profile and the one to stop before; none without train.profile."""
+        if self.train.profile is None:
+            return None
+        start, stop = self.train.profile.split(":")
+        return int(start), int(stop)
 
     @property
     def peak_lr(self) -> float:
@@ -406,17 +424,17 @@ def _conflicts(cfg: Config) -> Iterable[str]:
     yield from _exclusive(cfg.train, "train", "steps", "epochs", required=True)
     yield from _exclusive(cfg.optim, "optim", "base_lr", "lr")
     yield from _exclusive(cfg.optim, "optim", "warmup_steps", "warmup_epochs")
+    if cfg.train.profile is not None and not re.fullmatch(r"\d+:\d+", cfg.train.profile):
+        yield f"train.profile = {cfg.train.profile!r}: must be START:STOP in steps, such as 20:25"
+    elif cfg.profiled_steps is not None and not 0 < cfg.profiled_steps[0] < cfg.profiled_steps[1]:
+        yield f"train.profile = {cfg.train.profile}: must start at step 1 or later and stop after its start"
     steps, warmup = cfg.train.steps, cfg.optim.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}; optim.warmup_steps=0 goes without"
     epochs, warmup_epochs = cfg.train.epochs, cfg.optim.warmup_epochs
     if epochs is not None and warmup_epochs is not None and warmup_epochs >= epochs:
         yield f"optim.warmup_epochs = {warmup_epochs}: must be below train.epochs = {epochs}"
-    if cfg.engine.deepspeed and "zero_stage" in cfg.engine.model_fields_set:
-        yield (
-            f"engine.deepspeed = {cfg.engine.deepspeed} and engine.zero_stage = {cfg.engine.zero_stage}: give "
-            "one of them; the stage of your own file is read from it"
-        )
+    yield from _engine_conflicts(cfg)
 
 
 def _geometry_conflicts(model: Model) -> Iterable[str]:
@@ -441,6 +459,27 @@ def _geometry_conflicts(model: Model) -> Iterable[str]:
             )
         if width % 4:
             yield f"model.{prefix}embed_dim = {width}: must be a multiple of 4 for the 2-D position table"
+
+
+def _engine_conflicts(cfg: Config) -> Iterable[str]:
+    engine = cfg.engine
+    for name in ("zero_stage", "offload"):
+        if engine.deepspeed and name in engine.model_fields_set:
+            yield (
+                f"engine.deepspeed = {engine.deepspeed} and engine.{name} = {getattr(engine, name)}: give one of "
+                "them; stage and offload of your own file are read from it"
+            )
+    if engine.deepspeed:
+        return
+    if engine.zero_stage == 0 and cfg.train.precision != "fp32":
+        yield (
+            f"engine.zero_stage = 0: with train.precision = {cfg.train.precision} there are no fp32 masters at stage "
+            "0; take stage 1, or train.precision=fp32"
+        )
+    if engine.offload == "optimizer" and engine.zero_stage == 0:
+        yield "engine.offload = optimizer: needs engine.zero_stage 1, 2 or 3"
+    if engine.offload == "parameters" and engine.zero_stage != 3:
+        yield f"engine.offload = parameters: needs engine.zero_stage 3, not {engine.zero_stage}"
 
 
 def _exclusive(part: BaseModel, section: str, one: str, other: str, required: bool = False) -> Iterable[str]:

@@ -21,7 +21,7 @@ from msm_dist import monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
 from msm_dist.data.stream import Batch
-from msm_dist.engine import checkpoint, preempt
+from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
@@ -145,7 +145,7 @@ def forward(run: Training, batch: Batch) -> Output:
 
 def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
     """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
-    if not run.engine.skipped_steps:
+    if not state.was_refused(run.engine):
         return
     gathered: list[list[str]] = [[]] * run.world.size
     mine = [key for batch in batches for key in batch.keys]
@@ -244,7 +244,6 @@ def save(run: Training) -> None:
         "missing_samples": int(missing_samples),
         "mean": run.corpus.features.mean,
         "std": run.corpus.features.std,
-        "loss_scale": None,
     }
     root = run.cfg.run.folder / "checkpoints"
     run.monitor.sync()
@@ -256,8 +255,7 @@ def save(run: Training) -> None:
 def finish(run: Training) -> None:
     """Export the weights and say what came out and where it is. A collective."""
     cfg, folder = run.cfg, run.cfg.run.folder
-    weights = dict(checkpoint.full_weights(run.engine))
-
+    weights = dict(state.full_weights(run.engine))
     origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
     # Which kernels trained them is no property of the weights.
     info = WeightsInfo(
@@ -289,10 +287,10 @@ def build(
     if saved:
         checkpoint.load(engine, saved, world)
     else:
-        checkpoint.reset(engine, initial)
+        state.reset(engine, initial)
     step = saved.step if saved else 0
     front_end = LogMel(corpus.features).to(world.device)
-    precision = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
     validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
     metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from msm_dist.config import batch_layout, parse_config
-from msm_dist.engine import checkpoint, zero
+from msm_dist.engine import checkpoint, state, zero
 from msm_dist.engine.optim import lr_at, parameter_groups
 from msm_dist.engine.world import join_world, leave_world
 
@@ -74,20 +74,20 @@ def case(world, folder, precision, clip, accumulation):
     noise = torch.randn(MICRO, 24, generator=torch.Generator().manual_seed(2))
     rng = torch.get_rng_state()
     zero.dry_run(engine, noise.to(world.device), torch.zeros(1))
-    checkpoint.reset(engine, initial)
+    state.reset(engine, initial)
     result = {
         "rng_untouched": torch.equal(rng, torch.get_rng_state()),
-        "start_exact": all(torch.equal(value, initial[name]) for name, value in checkpoint.full_weights(engine)),
+        "start_exact": all(torch.equal(value, initial[name]) for name, value in state.full_weights(engine)),
     }
     root = folder / f"{precision}-{clip}-{accumulation}"
     train(0, 10)
     checkpoint.save(engine, root, 10, {"cursor": 7}, world)
     train(10, STEPS)
-    trained = dict(checkpoint.full_weights(engine))
+    trained = dict(state.full_weights(engine))
     saved = checkpoint.newest_complete(root)
     checkpoint.load(engine, saved, world)
     train(10, STEPS)
-    again = dict(checkpoint.full_weights(engine))
+    again = dict(state.full_weights(engine))
     result["resumed_exact"] = all(torch.equal(trained[name], again[name]) for name in trained)
     result["cursor"] = saved.meta["cursor"]
     result["files"] = sorted(path.name for path in saved.folder.iterdir())
@@ -99,7 +99,7 @@ def case(world, folder, precision, clip, accumulation):
     for _ in range(layout.accumulation - 1):
         engine.backward(engine(data[0, 0, world.rank].to(world.device)).loss)
         engine.step()
-    after = dict(checkpoint.full_weights(engine))
+    after = dict(state.full_weights(engine))
     result["skipped"] = engine.skipped_steps
     result["unchanged_by_nan"] = all(torch.equal(after[name], again[name]) for name in again)
     return result

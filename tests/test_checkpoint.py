@@ -41,7 +41,7 @@ class Alone:
 def saving(monkeypatch):
     """`save(root, step)` of made-up tensors."""
     tensors = {"param/w": torch.arange(6.0), "exp_avg/w": torch.ones(6), "exp_avg_sq/w": torch.zeros(6)}
-    monkeypatch.setattr(checkpoint, "_gather", lambda engine, world: (tensors, 5.0))
+    monkeypatch.setattr(checkpoint, "_gather", lambda engine, world: (tensors, {"optimizer_step": 5.0}))
     monkeypatch.setattr(checkpoint, "_exchange", lambda mine, world: mine)
     return lambda root, step: checkpoint.save(None, root, step, {"cursor": step * 8}, Alone())
 

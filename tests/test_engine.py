@@ -56,7 +56,7 @@ def test_deepspeed_accumulates_and_reduces_in_fp32():
     values = deepspeed_config(cfg, batch_layout(cfg, 2))
     assert values["gradient_accumulation_steps"] == 4
     assert values["train_batch_size"] == 64
-    assert values["bf16"] == {"enabled": True}
+    assert values["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert values["data_types"] == {"grad_accum_dtype": "fp32"}
     assert values["communication_data_type"] == "fp32"
     assert values["zero_optimization"]["stage"] == 1
@@ -80,7 +80,8 @@ def test_deepspeed_does_not_wait_for_the_device_to_time_it():
             "bf16.enabled = False contradicts",
         ),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: not ours"),
-        ('{"zero_optimization": {"stage": 3}}', "stage = 3"),
+        ('{"zero_optimization": {"stage": 4}}', "stage = 4"),
+        ('{"zero_optimization": {"stage": 0}}', "no fp32 masters at stage 0"),
         ("{}", "stage = None"),
         ('{"zero_optimization": 5}', "stage = None"),
         ("[1]", "JSON object"),

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/
         state-00000-of-00002.safetensors ...  per parameter: fp32 master, exp_avg, exp_avg_sq
-        meta.json                             step, cursor, counters, sizes and digests of the files
+        meta.json                             step, cursor, loss scale, counters, sizes and digests of the files
         complete                              digest of meta.json, written last
 
 A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; a
@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,13 @@ import deepspeed
 import safetensors
 import safetensors.torch
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from torch import nn
 
+from msm_dist.engine import state
 from msm_dist.engine.world import World
 from msm_dist.errors import CheckpointError
 from msm_dist.files import sync_folder, write_durably
 
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COMPLETE = "complete"
 PARTIAL = ".partial"
 
@@ -72,11 +65,11 @@ def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, extra: dict[s
     partial = folder.with_name(folder.name + PARTIAL)
     try:
         world.together(lambda: _start_folder(partial, world.is_main), CheckpointError)
-        tensors, optimizer_step = _gather(engine, world)
+        tensors, counters = _gather(engine, world)
         name = f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
         entry = world.together(lambda: _write_state(partial / name, tensors), CheckpointError)
         files = _exchange({name: entry}, world)
-        meta = {"format": FORMAT, "step": step, "optimizer_step": optimizer_step, "files": files} | extra
+        meta = {"format": FORMAT, "step": step, "files": files} | counters | extra
         world.on_main(lambda: _complete(partial, folder, meta))
     except CheckpointError:
         if world.is_main:
@@ -94,29 +87,6 @@ def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
 
     world.together(verify, CheckpointError)
     world.together(lambda: _load_state(engine, saved), CheckpointError)
-    refresh_weights(engine)
-
-
-def reset(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> None:
-    """Set the engine to the state before its first update: these weights, empty moments."""
-    for name, parameter in _trainable(engine.module):
-        value = weights[name].to(device=parameter.device, dtype=torch.float32)
-        safe_set_full_fp32_param(parameter, value)
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, torch.zeros_like(value), moment)
-    _set_optimizer_step(engine, 0.0)
-    refresh_weights(engine)
-
-
-def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Recompute the model's weights from the fp32 masters."""
-    engine.optimizer.update_lp_params()
-
-
-def full_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and fp32 master of every parameter, on the host; a collective."""
-    for name, parameter in _trainable(engine.module):
-        yield name, safe_get_full_fp32_param(parameter).to("cpu", torch.float32)
 
 
 def newest_complete(root: Path) -> Saved | None:
@@ -179,33 +149,25 @@ def _folders(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8}", folder.name))
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _owners(model: nn.Module, size: int) -> dict[str, int]:
+def _owners(shapes: Mapping[str, torch.Size], size: int) -> dict[str, int]:
     """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
     load = [0] * size
     owners = {}
-    for name, parameter in sorted(_trainable(model), key=lambda item: (-item[1].numel(), item[0])):
+    for name, shape in sorted(shapes.items(), key=lambda item: (-item[1].numel(), item[0])):
         owners[name] = load.index(min(load))
-        load[owners[name]] += parameter.numel()
+        load[owners[name]] += shape.numel()
     return owners
 
 
-def _gather(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[dict[str, torch.Tensor], float]:
-    """The tensors this rank writes, on the host, and Adam's step."""
-    owners = _owners(engine.module, world.size)
+def _gather(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors this rank writes, on the host, and the counters beside them."""
+    owners = _owners(state.shapes(engine), world.size)
     tensors = {}
-    for name, parameter in _trainable(engine.module):
-        parts = {"param": safe_get_full_fp32_param(parameter)}
-        parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+    for name, parts in state.full_state(engine):
         if owners[name] == world.rank:
-            tensors |= {f"{part}/{name}": value.cpu().contiguous() for part, value in parts.items()}
-    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
-    if len(steps) != 1:
-        raise AssertionError(f"parameter groups are at different steps: {steps}")
-    return tensors, steps.pop()
+            # A copy even of what is on the host already: training goes on.
+            tensors |= {f"{part}/{name}": value.to("cpu", copy=True).contiguous() for part, value in parts.items()}
+    return tensors, {"optimizer_step": state.optimizer_step(engine), "loss_scale": state.loss_scale(engine)}
 
 
 def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
@@ -216,27 +178,20 @@ def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
             where |= dict.fromkeys(file.keys(), file)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{saved.folder}: can't be read ({error})") from None
-    trainable = _trainable(engine.module)
-    expected = {f"{part}/{name}" for part in ("param", *MOMENTS) for name, _ in trainable}
+    shapes = state.shapes(engine)
+    expected = {f"{part}/{name}" for part in state.PARTS for name in shapes}
     if different := sorted(expected ^ set(where)):
         raise CheckpointError(f"{saved.folder}: {different[0]} is in only one of checkpoint and model")
-    for name, parameter in trainable:
-        for part in ("param", *MOMENTS):
-            value = where[f"{part}/{name}"].get_tensor(f"{part}/{name}").to(parameter.device)
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{saved.folder}: {name} is {list(value.shape)}, the model's is {list(parameter.shape)}"
-                )
-            if part == "param":
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, part)
-    _set_optimizer_step(engine, saved.meta["optimizer_step"])
 
+    def read(part: str, name: str) -> torch.Tensor:
+        return where[f"{part}/{name}"].get_tensor(f"{part}/{name}")
 
-def _set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: float) -> None:
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"].fill_(step)
+    for key, file in where.items():
+        part, _, name = key.partition("/")
+        found = file.get_slice(key).get_shape()
+        if found != list(shapes[name]):
+            raise CheckpointError(f"{saved.folder}: {part} of {name} is {found}, the model's is {list(shapes[name])}")
+    state.set_state(engine, read, saved.meta["optimizer_step"], saved.meta["loss_scale"])
 
 
 def _start_folder(partial: Path, is_main: bool) -> None:

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "data.allow_missing_shards",
     "data.verify",
     "model.backend",
+    "model.activation_checkpointing",
     "train.steps",
     "train.epochs",
     "train.micro_batch",
@@ -50,6 +51,7 @@ MAY_CHANGE = (
     "train.valid_clips",
     "train.pictures_every",
     "train.trace",
+    "train.profile",
     "checkpoint.",
     "engine.",
 )

@@ -6,7 +6,8 @@ clipping have one home, the YAML; a DeepSpeed file that contradicts them is a Co
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from msm_dist.config import BatchLayout, Config, flat_items
 from msm_dist.engine.optim import build_optimizer
+from msm_dist.engine.state import link_optimizer_state, was_refused
 from msm_dist.errors import ConfigError
 
 
@@ -26,18 +28,27 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     if cfg.engine.deepspeed:
         path = Path(cfg.engine.deepspeed)
     else:
-        path = Path(msm_configs.__path__[0]) / "deepspeed" / f"zero{cfg.engine.zero_stage}.json"
+        offload = "" if cfg.engine.offload == "none" else f"_offload_{cfg.engine.offload}"
+        path = Path(msm_configs.__path__[0]) / "deepspeed" / f"zero{cfg.engine.zero_stage}{offload}.json"
     values = _read_json(path)
     zero = values.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 1:
-        raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 1, the only stage in this version")
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 0, 1, 2 or 3")
+    if stage == 0 and cfg.train.precision != "fp32":
+        raise ConfigError(
+            f"{path}: zero_optimization.stage = 0: with train.precision = {cfg.train.precision} there are no fp32 "
+            "masters at stage 0; take stage 1, or train.precision=fp32"
+        )
     owned = {
         "train_batch_size": cfg.train.global_batch,
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": cfg.optim.clip_norm or 0.0,
-        "bf16": {"enabled": cfg.train.precision == "bf16"},
+        # At stage 0 the optimiser's hook clips: it also needs the norm, which DeepSpeed throws away there.
+        "gradient_clipping": (cfg.optim.clip_norm or 0.0) if stage else 0.0,
+        # A non-finite gradient is left out at every stage: at 2 and 3 DeepSpeed would apply it in bf16.
+        "bf16": {"enabled": cfg.train.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": cfg.train.precision == "fp16"},
         # Gradients are summed in fp32 over micro-batches AND over ranks: DeepSpeed's defaults follow the
         # precision of the model in both.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -61,24 +72,41 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """`model` under DeepSpeed with AdamW; same parameters whatever the world size."""
+    if cfg.train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision = fp16: needs a GPU, on a CPU its products are slow and DeepSpeed refuses them; take bf16 "
+            "or fp32"
+        )
+    values = deepspeed_config(cfg, layout)
+    stage = values["zero_optimization"]["stage"]
     optimizer = build_optimizer(model.to(device), cfg.optim.betas, cfg.optim.weight_decay, device)
+    if stage == 0:
+        optimizer.register_step_pre_hook(_clip_or_refuse(cfg.optim.clip_norm))
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, layout))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=values)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ConfigError(f"{cfg.engine.deepspeed or 'DeepSpeed'}: {'; '.join(faults)}") from None
+    if cfg.train.precision == "fp16":
+        # Diverged says it better, and on all ranks at once.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
 def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> None:
     """One whole step on made-up input, so that memory runs out now or never. The caller sets the state afterwards.
 
-    A whole accumulation cycle with its update: less would leave gradients or counters behind.
+    A whole accumulation cycle with its update: less would leave gradients or counters behind. In fp16 cycles are
+    repeated until the loss scale is small enough for an update.
     """
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
-        engine.step()
-    _link_optimizer_state(engine)
+    skipped = -1
+    while skipped < engine.skipped_steps and not was_refused(engine):
+        skipped = engine.skipped_steps
+        for _ in range(engine.gradient_accumulation_steps()):
+            engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
+            engine.step()
+    engine.skipped_steps = 0
+    link_optimizer_state(engine)
 
 
 @contextlib.contextmanager
@@ -91,7 +119,9 @@ def fitting_memory(device: torch.device, micro_batch: int) -> Iterator[None]:
             raise
         raise ConfigError(
             f"train.micro_batch = {micro_batch}: model, optimiser and a step do not fit the memory of {device}; lower "
-            "train.micro_batch (train.global_batch, and with it the result, stays), or take a smaller model.size"
+            "train.micro_batch (train.global_batch, and with it the result, stays), or take "
+            "model.activation_checkpointing=true, a higher engine.zero_stage or engine.offload; `msm-dist plan` says "
+            "what each needs"
         ) from None
 
 
@@ -101,13 +131,22 @@ def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
-def _link_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make all optimiser state readable by parameter name; needed once, after the first update.
+def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+    """What the other stages do around Adam's step: clip, keep the norm, leave out a non-finite update.
 
-    DeepSpeed links it by itself, but after the first parameter group's step, when the other has none yet.
+    DeepSpeed reads `_global_grad_norm` and `overflow` from any optimiser that has them.
     """
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+        optimizer._global_grad_norm = norm
+        optimizer.overflow = not bool(norm.isfinite())
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None  # torch's AdamW passes over it, decay and all
+
+    return before_step
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -224,7 +224,13 @@ class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     trace: bool = False
     """Write a record per sample: the evidence of what was trained on."""
     profile: str | None = None
-    """Steps START:STOP to record with torch's profiler, such as 20:25; none: no profile."""
+    """Steps START to STOP - 1 to record with torch's profiler, as START:STOP, such as 20:25; none: no profile."""
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile(cls, value: Any) -> Any:
+        # YAML 1.1 takes 20:25 for minutes and seconds, in seconds: unquoted it arrives as the integer 1225.
+        return f"{value // 60}:{value % 60}" if type(value) is int else value
 
 
 class Checkpoint(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):

@@ -34,6 +34,7 @@ from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel, Output
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
+from msm_dist.profiling import part, profiling
 from msm_dist.summary import announcement, summary
 from msm_dist.validate import Forward, Validation
 
@@ -91,10 +92,11 @@ def train(run: Training) -> int:
     with (
         feeding(cfg.data, run.corpus, run.layout, run.world, run.interruption, run.step) as feed,
         tracing(trace_folder, run.world, run.step) as trace,
+        profiling(cfg.profiled_steps, cfg.run.folder / "profile", run.world, run.step, total_steps) as step_done,
     ):
         engine.train()
         while run.step < total_steps:
-            with watch.waiting():
+            with watch.waiting(), part("data"):
                 batches = feed.next_step()
             if reason := run.interruption.agreed():
                 break
@@ -104,8 +106,10 @@ def train(run: Training) -> int:
             for batch in batches:
                 output = forward(run, batch)
                 # A loss that is not finite makes its gradients so too: then DeepSpeed's check sees it.
-                engine.backward(output.loss * (output.loss.detach() * 0 + 1))
-                engine.step()
+                with part("backward"):
+                    engine.backward(output.loss * (output.loss.detach() * 0 + 1))
+                with part("update"):
+                    engine.step()
                 loss += output.loss.detach() / len(batches)
                 run.bad_samples += batch.num_bad
                 run.missing_samples += batch.num_missing
@@ -117,7 +121,7 @@ def train(run: Training) -> int:
             if last or run.step % cfg.train.log_every == 0:
                 log_training(run, loss, lr, watch, run.step - logged_step)
                 logged_step = run.step
-            with watch.paused():
+            with watch.paused(), part("outside"):
                 if last or run.step % cfg.train.valid_every == 0:
                     validate(run)
                 if last or (cfg.train.pictures_every and run.step % cfg.train.pictures_every == 0):
@@ -126,6 +130,8 @@ def train(run: Training) -> int:
                     save(run)
             if last or run.step % cfg.train.log_every == 0:
                 stop_if_too_much_is_bad(run)
+            with watch.paused():
+                step_done(run.step)
     if reason:
         save(run)
         if run.world.is_main:
@@ -139,8 +145,10 @@ def forward(run: Training, batch: Batch) -> Output:
     waveform = batch.waveform.to(run.world.device, non_blocking=True)
     sample_ids = batch.sample_ids.to(run.world.device, non_blocking=True)
     features = run.corpus.features
-    spectrogram = normalize(run.front_end(waveform), features.mean, features.std)
-    return run.engine(spectrogram, sample_ids=sample_ids)
+    with part("log-mel"):
+        spectrogram = normalize(run.front_end(waveform), features.mean, features.std)
+    with part("forward"):
+        return run.engine(spectrogram, sample_ids=sample_ids)
 
 
 def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:

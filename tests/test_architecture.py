@@ -16,7 +16,7 @@ LAYERS = (
     {"config"},
     {"data", "features", "kernels"},
     {"model"},
-    {"engine", "monitor", "pictures"},
+    {"engine", "monitor", "pictures", "profile_summary", "profiling"},
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"},
     {"launch", "doctor"},
     {"cli"},

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from msm_dist.config import BatchLayout, Config, flat_items
+from msm_dist.engine.compilation import explaining_compiler, prepare_blocks
 from msm_dist.engine.optim import build_optimizer
 from msm_dist.engine.state import link_optimizer_state, was_refused
 from msm_dist.errors import ConfigError
@@ -79,6 +80,7 @@ def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: tor
         )
     values = deepspeed_config(cfg, layout)
     stage = values["zero_optimization"]["stage"]
+    prepare_blocks(model, cfg.engine.compile)
     optimizer = build_optimizer(model.to(device), cfg.optim.betas, cfg.optim.weight_decay, device)
     if stage == 0:
         optimizer.register_step_pre_hook(_clip_or_refuse(cfg.optim.clip_norm))
@@ -93,6 +95,7 @@ def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: tor
     return engine
 
 
+@explaining_compiler()
 def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> None:
     """One whole step on made-up input, so that memory runs out now or never. The caller sets the state afterwards.
 

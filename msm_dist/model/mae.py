@@ -107,7 +107,8 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(grid.patch, geometry.embed_dim, self.backend)
         self.positions = PositionTable(sincos_2d(grid, geometry.embed_dim, self.num_prefix))
         self.blocks = nn.ModuleList(
-            Block(geometry.embed_dim, geometry.num_heads, model.key_bias, self.backend) for _ in range(geometry.depth)
+            Block(geometry.embed_dim, geometry.num_heads, model.key_bias, self.backend, model.activation_checkpointing)
+            for _ in range(geometry.depth)
         )
         self.norm = nn.LayerNorm(geometry.embed_dim, eps=NORM_EPS)
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.positions = PositionTable(table)
         self.blocks = nn.ModuleList(
-            Block(width, geometry.decoder_num_heads, model.key_bias, self.backend)
+            Block(width, geometry.decoder_num_heads, model.key_bias, self.backend, model.activation_checkpointing)
             for _ in range(geometry.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)

@@ -2,12 +2,19 @@
 
 In and out: tokens [B, N, D] in the dtype of the parameters. With bfloat16 parameters the statistics of the
 norms and the softmax are still float32.
+
+A block can be trained with activation checkpointing (only its input is kept, the rest computed again in the
+backward, to the same bits) and compiled (`Block.in_training`); without gradients it runs as written.
+
 Legend: B clips, N tokens, D width, H heads.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from msm_kernels.attention import attention
 from msm_kernels.backend import Backend
@@ -66,15 +73,30 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to its input."""
+    """Attention and MLP, each normalised before and added to its input.
 
-    def __init__(self, width: int, num_heads: int, key_bias: bool, backend: Backend):
+    `in_training` is what runs while gradients are wanted: `pre_norm_block`, or the same function compiled.
+    """
+
+    def __init__(self, width: int, num_heads: int, key_bias: bool, backend: Backend, checkpointing: bool = False):
         super().__init__()
+        self.checkpointing = checkpointing
+        self.in_training: Callable[[Block, Tensor], Tensor] = pre_norm_block
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, num_heads, key_bias, backend)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        if not (self.training and torch.is_grad_enabled()):
+            return pre_norm_block(self, x)
+        if self.checkpointing:
+            # There is no dropout, so no state of a generator to bring back.
+            return checkpoint(self.in_training, self, x, use_reentrant=False, preserve_rng_state=False)
+        return self.in_training(self, x)
+
+
+def pre_norm_block(block: Block, x: Tensor) -> Tensor:
+    """What a block computes; a function, so that all blocks share what it compiles to."""
+    x = x + block.attn(block.norm1(x))
+    return x + block.mlp(block.norm2(x))

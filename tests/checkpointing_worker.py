@@ -1,0 +1,103 @@
+"""One rank of tests/test_activation_checkpointing.py: the model under DeepSpeed, blocks kept whole and recomputed.
+
+Argument: a folder, where rank 0 leaves results.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+from msm_dist.config import batch_layout, parse_config
+from msm_dist.engine import state, zero
+from msm_dist.engine.world import join_world, leave_world
+from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.transformer import Block
+
+STEPS, ACCUMULATION, MICRO, FRAMES = 4, 2, 2, 48
+RELEASED_AT_ONCE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def config(folder, world, stage, checkpointing):
+    """Stage 3 keeps no weight a moment longer than its module runs."""
+    path = folder / f"zero{stage}.json"
+    world.on_main(
+        lambda: path.write_text(
+            json.dumps({"zero_optimization": {"stage": stage} | (RELEASED_AT_ONCE if stage == 3 else {})})
+        )
+    )
+    return parse_config(
+        {
+            "model": {
+                "embed_dim": 32,
+                "depth": 3,
+                "num_heads": 2,
+                "decoder_embed_dim": 16,
+                "decoder_depth": 2,
+                "decoder_num_heads": 1,
+                "activation_checkpointing": checkpointing,
+            },
+            "data": {"crop_frames": FRAMES, "block": MICRO},
+            "train": {
+                "steps": STEPS,
+                "global_batch": MICRO * ACCUMULATION * world.size,
+                "micro_batch": MICRO,
+                "precision": "bf16" if stage else "fp32",
+            },
+            "optim": {"lr": 1e-2},
+            "engine": {"deepspeed": str(path)},
+        },
+        "test",
+    )
+
+
+def train(folder, world, stage, checkpointing):
+    """Losses of all micro-batches, the weights after them, and what ZeRO-3 has of the blocks after a forward."""
+    cfg = config(folder, world, stage, checkpointing)
+    model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, FRAMES, seed=5)
+    engine = zero.build_engine(model, cfg, batch_layout(cfg, world.size), world.device)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    generator = torch.Generator().manual_seed(world.rank)
+    losses, nested = [], len(FWD_MODULE_STACK)
+    for step in range(STEPS):
+        zero.set_lr(engine, cfg.peak_lr)
+        for micro in range(ACCUMULATION):
+            spectrogram = torch.randn(MICRO, 1, cfg.features.n_mels, FRAMES, generator=generator)
+            sample_ids = torch.tensor([[step, micro, clip] for clip in range(MICRO)])
+            loss = engine(spectrogram, sample_ids=sample_ids).loss
+            whole = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    weights = dict(state.full_weights(engine))
+    return losses, weights, {"whole": whole, "left_on_stack": len(FWD_MODULE_STACK) - nested}
+
+
+def main():
+    folder = Path(sys.argv[1])
+    world = join_world(2)
+    results = {}
+    for stage in range(4):
+        losses, weights, facts = train(folder, world, stage, checkpointing=False)
+        thrifty_losses, thrifty_weights, thrifty_facts = train(folder, world, stage, checkpointing=True)
+        results[stage] = {
+            "same_losses": losses == thrifty_losses,
+            "different": [name for name in weights if not torch.equal(weights[name], thrifty_weights[name])],
+            "moved": losses[-1] != losses[0],
+            "plain": facts,
+            "thrifty": thrifty_facts,
+        }
+    if world.is_main:
+        (folder / "results.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -23,9 +23,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a written file's content, or a folder's list of names, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

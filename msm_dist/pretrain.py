@@ -24,6 +24,7 @@ from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
+from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
@@ -53,6 +54,7 @@ class Training:
     front_end: LogMel
     validation: Validation | None
     monitor: monitor.Monitor
+    saver: Saver
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
@@ -77,6 +79,7 @@ def pretrain(cfg: Config) -> int:
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
         run = build(cfg, world, layout, corpus, interruption)
         stack.callback(run.monitor.close)
+        stack.callback(run.saver.close)
         if run.step < corpus.total_steps and (reason := train(run)):
             return interruption.exit_code(reason)
         finish(run)
@@ -127,13 +130,14 @@ def train(run: Training) -> int:
                 if last or (cfg.train.pictures_every and run.step % cfg.train.pictures_every == 0):
                     draw(run)
                 if last or run.step % cfg.checkpoint.every == 0:
-                    save(run)
+                    save(run, complete=last)
             if last or run.step % cfg.train.log_every == 0:
+                run.saver.check()
                 stop_if_too_much_is_bad(run)
             with watch.paused():
                 step_done(run.step)
     if reason:
-        save(run)
+        save(run, complete=True)
         if run.world.is_main:
             print(f"stopped and saved at step {run.step} of {total_steps}; the same command continues", flush=True)
         run.world.together(feed.raise_fault, DataError)
@@ -194,6 +198,7 @@ def log_training(run: Training, loss: torch.Tensor, lr: float, watch: monitor.St
         "device_memory_gib": monitor.device_memory_gib(world.device),
         "bad_clips": bad_samples / cfg.data.crops_per_clip,
         "missing_clips": missing_samples / cfg.data.crops_per_clip,
+        **run.saver.lap(),
     }
     run.monitor.train(run.step, values)
 
@@ -206,7 +211,7 @@ def stop_if_too_much_is_bad(run: Training) -> None:
     epoch = run.corpus.plan.clips_per_epoch * cfg.data.crops_per_clip
     if bad_samples <= cfg.data.max_bad_fraction * max(served, epoch):
         return
-    save(run)
+    save(run, complete=True)
     error = DataError(
         f"data.max_bad_fraction = {cfg.data.max_bad_fraction}: {bad_samples:.0f} of {served} samples by step "
         f"{run.step} could not be decoded (an epoch has {epoch}); the log names the clips. Check with `msm-dist data "
@@ -243,8 +248,8 @@ def evaluating(run: Training) -> Iterator[Forward]:
     run.engine.train()
 
 
-def save(run: Training) -> None:
-    """Write a checkpoint and delete those that need not be kept. A collective."""
+def save(run: Training, complete: bool = False) -> None:
+    """Begin to write a checkpoint, or wait until it is complete. A collective."""
     bad_samples, missing_samples = run.world.sum([run.bad_samples, run.missing_samples])
     extra = {
         "cursor": run.step * run.layout.blocks_per_step,
@@ -253,11 +258,9 @@ def save(run: Training) -> None:
         "mean": run.corpus.features.mean,
         "std": run.corpus.features.std,
     }
-    root = run.cfg.run.folder / "checkpoints"
-    run.monitor.sync()
-    checkpoint.save(run.engine, root, run.step, extra, run.world)
-    if run.world.is_main:
-        checkpoint.rotate(root, run.cfg.checkpoint.keep, run.cfg.checkpoint.keep_every)
+    run.saver.begin(run.engine, run.step, extra, run.monitor.sync)
+    if complete:
+        run.saver.finish()
 
 
 def finish(run: Training) -> None:
@@ -302,6 +305,7 @@ def build(
     rate = monitor.matrix_rate(world.device, precision)
     validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
     metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
+    saver = Saver(folder / "checkpoints", cfg.checkpoint, world, cfg.engine.timeout_minutes)
     world.on_main(lambda: record_start(folder, cfg, identity))
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     if world.is_main:
@@ -316,6 +320,7 @@ def build(
         front_end,
         validation,
         metrics,
+        saver,
         interruption,
         rate,
         step,

@@ -3,9 +3,11 @@
 KILL=step:S          rank KILL_RANK dies after the update of step S, before anything of it is recorded
 KILL=write:N         ... instead of the N-th durable write of a checkpoint (state, meta.json, complete)
 KILL=torn:N          ... in the middle of the N-th one
+KILL=beside:N        ... in the middle of the N-th one, once training is STEPS_BESIDE steps further
 KILL=rename          ... before a written checkpoint gets its name
 KILL=export          ... before the export
 KILL=slow:S          nobody dies; a step takes S seconds longer
+KILL=disk:S          nobody dies; writing the state of a checkpoint takes S seconds longer
 KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied by that
 KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 """
@@ -20,7 +22,8 @@ from msm_dist.engine import checkpoint
 
 what, _, number = os.environ.get("KILL", "").partition(":")
 mine = os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0")
-writes = 0
+writes = steps = 0
+STEPS_BESIDE = 3
 
 
 def die():
@@ -33,9 +36,20 @@ def on_step(run, *rest):
     return stop_if_skipped(run, *rest)
 
 
+def counting(run, *rest):
+    global steps
+    steps = run.step
+    return stop_if_skipped(run, *rest)
+
+
 def slowly(*arguments):
     time.sleep(float(number))
     return stop_if_skipped(*arguments)
+
+
+def slow_disk(path, tensors):
+    time.sleep(float(number))
+    return write_state(path, tensors)
 
 
 def poisoned(run, batch):
@@ -52,17 +66,24 @@ def truncating(run, *rest):
     return stop_if_skipped(run, *rest)
 
 
-def on_write(path, data):
-    global writes
-    writes += 1
-    if writes == int(number):
-        if what == "torn":
-            path.write_bytes(data[: len(data) // 2])
-        die()
-    write(path, data)
+def dying(write):
+    def on_write(path, content):
+        global writes
+        writes += 1
+        if writes == int(number):
+            if what != "write":
+                write(path, content)
+                os.truncate(path, path.stat().st_size // 2)
+            last = steps + STEPS_BESIDE
+            while what == "beside" and steps < last:
+                time.sleep(0.01)
+            die()
+        return write(path, content)
+
+    return on_write
 
 
-stop_if_skipped, forward, write = pretrain.stop_if_skipped, pretrain.forward, checkpoint._write_durably
+stop_if_skipped, forward, write_state = pretrain.stop_if_skipped, pretrain.forward, checkpoint._write_state
 if mine and what == "step":
     pretrain.stop_if_skipped = on_step
 if what == "slow":
@@ -71,8 +92,13 @@ if mine and what in ("nan", "inf"):
     pretrain.forward = poisoned
 if mine and what == "truncate":
     pretrain.stop_if_skipped = truncating
-if mine and what in ("write", "torn"):
-    checkpoint._write_durably = on_write
+if what == "disk":
+    checkpoint._write_state = slow_disk
+if what == "beside":
+    pretrain.stop_if_skipped = counting
+if mine and what in ("write", "torn", "beside"):
+    checkpoint._write_state = dying(checkpoint._write_state)
+    checkpoint._write_durably = dying(checkpoint._write_durably)
 if mine and what == "rename":
     checkpoint.Path.rename = lambda *_: die()
 if mine and what == "export":

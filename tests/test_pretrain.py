@@ -108,6 +108,15 @@ class Runs:
     def weights(self, name: str) -> str:
         return hashlib.sha256((self.folder / name / "export/model.safetensors").read_bytes()).hexdigest()
 
+    def checkpoints(self, name: str) -> list[str]:
+        return sorted(path.name for path in (self.folder / name / "checkpoints").iterdir())
+
+    def last_checkpoint(self, name: str) -> dict[str, bytes]:
+        """Its files; meta.json has the digests of those that hold the state."""
+        folder = self.folder / name / "checkpoints" / self.checkpoints(name)[-1]
+        assert is_complete(folder)
+        return {file: (folder / file).read_bytes() for file in ("meta.json", "complete")}
+
 
 def finish(processes: list[subprocess.Popen], timeout: float = 120, end_peers: bool = True) -> tuple[list[int], str]:
     """Exit codes and rank 0's output, other ranks' behind it."""
@@ -149,7 +158,8 @@ def test_run_leaves_what_the_readme_promises(runs):
         "trace",
     }
     assert not (folder / "lock.json").exists()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000012", "step-00000014"]
+    assert runs.checkpoints("undisturbed") == ["step-00000012", "step-00000014"]
+    assert all(is_complete(path) for path in (folder / "checkpoints").iterdir())
     train = [line for line in runs.metrics("undisturbed") if "loss" in line]
     valid = [line for line in runs.metrics("undisturbed") if "valid_loss" in line]
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
@@ -205,7 +215,8 @@ def test_bf16_run_killed_and_continued_equals_one_never_killed(runs):
     settings = ("train.precision=bf16", "train.steps=8")
     codes, output = runs.run("bf16", *settings)
     assert codes == [0, 0], output
-    runs.run("bf16-killed", *settings, KILL="step:6")
+    # Where the next is begun the one before is complete: here that of step 2.
+    runs.run("bf16-killed", *settings, "checkpoint.every=2", KILL="step:6")
     codes, output = runs.run("bf16-killed", *settings)
     assert codes == [0, 0], output
     assert "continued from" in output
@@ -235,6 +246,45 @@ def test_run_killed_at_many_points_equals_one_never_killed(runs):
     assert runs.losses("killed") == runs.losses("undisturbed")
     assert runs.trace("killed") == runs.trace("undisturbed")
     assert runs.weights("killed") == runs.weights("undisturbed")
+    assert runs.last_checkpoint("killed") == runs.last_checkpoint("undisturbed")
+
+
+def test_kill_while_a_checkpoint_is_written_beside_training_falls_back_to_the_one_before(runs):
+    codes, output = finish(runs.start("beside", KILL="beside:2", KILL_RANK="1"), end_peers=False)
+    assert codes == [1, -signal.SIGKILL], output
+    assert "Traceback" not in output
+    assert runs.checkpoints("beside") == ["step-00000004", "step-00000008.partial"]
+    assert runs.metrics("beside")[-1]["step"] >= 10
+    codes, output = runs.run("beside")
+    assert codes == [0, 0], output
+    assert "continued from" in output
+    assert "step-00000004," in output
+    assert runs.losses("beside") == runs.losses("undisturbed")
+    assert runs.weights("beside") == runs.weights("undisturbed")
+    assert runs.last_checkpoint("beside") == runs.last_checkpoint("undisturbed")
+
+
+def test_finished_run_has_waited_for_its_last_checkpoint_and_tells_what_steps_waited_for(runs):
+    codes, output = runs.run("slow-disk", "train.steps=6", "checkpoint.every=2", ranks=1, KILL="disk:1")
+    assert codes == [0], output
+    assert runs.checkpoints("slow-disk") == ["step-00000004", "step-00000006"]
+    assert runs.last_checkpoint("slow-disk")
+    held_up = [line["step"] for line in runs.metrics("slow-disk") if line.get("checkpoint_stall_seconds", 0) > 0]
+    assert held_up == [3, 5]
+
+
+def test_second_signal_does_not_wait_for_a_checkpoint_being_written(runs):
+    processes = runs.start("impatient", "checkpoint.every=2", ranks=1, KILL="disk:600")
+    metrics = runs.folder / "impatient" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, processes)
+    deadline = time.monotonic() + 60
+    while processes[0].poll() is None:
+        assert time.monotonic() < deadline
+        processes[0].send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    codes, output = finish(processes)
+    assert codes == [143], output
+    assert runs.checkpoints("impatient") == ["step-00000002.partial"]
 
 
 def test_rank_that_is_killed_is_missed_at_once_by_the_others(runs):
@@ -367,21 +417,22 @@ def test_bad_clips_are_filled_and_counted_and_too_many_stop_the_run(runs, tmp_pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_whole(runs, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
+def test_full_disk_stops_all_ranks_with_one_message_and_the_last_checkpoint_whole(runs):
+    disk = runs.folder / "full" / "checkpoints"
+    disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)], check=True)
     try:
-        codes, output = runs.run("full", f"run.dir={disk}", "checkpoint.every=2", "checkpoint.keep=9", ranks=1)
-        assert codes == [2], output
-        assert "No space left on device" in output
+        processes = runs.start("full", "checkpoint.every=2", "checkpoint.keep=9")
+        codes, output = finish(processes, end_peers=False)
+        assert codes == [2, 2], output
+        assert output.count("No space left on device") == 1
         assert "Traceback" not in output
-        left = sorted(path.name for path in (disk / "full" / "checkpoints").iterdir())
+        left = runs.checkpoints("full")
         assert left
-        assert all(is_complete(disk / "full" / "checkpoints" / name) for name in left)
-        shutil.rmtree(disk / "full" / "checkpoints" / left[0])
-        shutil.rmtree(disk / "full" / "tensorboard")
-        codes, output = runs.run("full", f"run.dir={disk}", "checkpoint.every=50", "checkpoint.keep=1", ranks=1)
+        assert all(is_complete(disk / name) for name in left)
+        shutil.rmtree(disk / left[0])
+        codes, output = runs.run("full", "checkpoint.every=50", "checkpoint.keep=1", ranks=1)
+        assert codes == [0], output
         assert "continued from" in output
     finally:
         subprocess.run(["umount", str(disk)], check=True)

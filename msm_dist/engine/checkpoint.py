@@ -7,6 +7,8 @@
 
 A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; a
 torn one is skipped. A failure to write raises CheckpointError on all ranks and leaves the others as they were.
+Saving is two collectives, which may run on two threads: `copy_state` to host memory, then `write`; a run's are
+ordered by `engine.saving`.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ import torch
 from msm_dist.engine import state
 from msm_dist.engine.world import World
 from msm_dist.errors import CheckpointError
-from msm_dist.files import sync_folder, write_durably
+from msm_dist.files import sync, write_durably
 
 FORMAT = 1
 COMPLETE = "complete"
@@ -55,27 +57,52 @@ def checkpoint_name(step: int) -> str:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, extra: dict[str, Any], world: World) -> Path:
-    """Write the engine's state after `step` updates; a collective. Raises CheckpointError on all ranks.
+    """Write the engine's state after `step` updates, now; a collective. Raises CheckpointError on all ranks.
 
     `extra` (plain JSON values) comes back in `Saved.meta`.
     """
     folder = root / checkpoint_name(step)
-    if world.agree_any(world.is_main and is_complete(folder)):
-        return folder
+    if not world.agree_any(world.is_main and is_complete(folder)):
+        tensors: dict[str, torch.Tensor] = {}
+        counters = copy_state(engine, tensors, world)
+        write(folder, tensors, {"step": step} | counters | extra, world)
+    return folder
+
+
+def copy_state(engine: deepspeed.DeepSpeedEngine, into: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
+    """Copy the tensors this rank writes into host memory and give the counters beside them; a collective.
+
+    `into` is filled by name, in memory that is allocated (page-locked beside a GPU) where it lacks one.
+    """
+    on_gpu = world.device.type == "cuda"
+    owners = _owners(state.shapes(engine), world.size)
+    for name, parts in state.full_state(engine):
+        if owners[name] != world.rank:
+            continue
+        for part, value in parts.items():
+            key = f"{part}/{name}"
+            if key not in into:
+                into[key] = torch.empty(value.shape, pin_memory=on_gpu)
+            # A copy even of what is on the host already: training goes on.
+            into[key].copy_(value, non_blocking=True)
+    if on_gpu:
+        torch.cuda.current_stream(world.device).synchronize()
+    return {"optimizer_step": state.optimizer_step(engine), "loss_scale": state.loss_scale(engine)}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any], world: World) -> None:
+    """Write a checkpoint of every rank's `tensors` and of `meta`; a collective. Raises CheckpointError on all ranks."""
     partial = folder.with_name(folder.name + PARTIAL)
+    name = f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
     try:
-        world.together(lambda: _start_folder(partial, world.is_main), CheckpointError)
-        tensors, counters = _gather(engine, world)
-        name = f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        world.on_main(lambda: _start_folder(partial))
         entry = world.together(lambda: _write_state(partial / name, tensors), CheckpointError)
-        files = _exchange({name: entry}, world)
-        meta = {"format": FORMAT, "step": step, "files": files} | counters | extra
-        world.on_main(lambda: _complete(partial, folder, meta))
+        files = dict(world.gather((name, entry)))
+        world.on_main(lambda: _complete(partial, folder, {"format": FORMAT, "files": files} | meta))
     except CheckpointError:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
 
 
 def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
@@ -130,7 +157,8 @@ def is_complete(folder: Path) -> bool:
 def rotate(root: Path, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep` whole checkpoints and those whose step is a multiple of `keep_every`.
 
-    Torn checkpoints and unfinished ones of earlier starts go too; a folder of another name is not ours.
+    Torn checkpoints and unfinished ones of earlier starts go too; a folder of another name is not ours. Raises
+    CheckpointError.
     """
     for folder in root.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,8 +167,11 @@ def rotate(root: Path, keep: int, keep_every: int) -> None:
     for folder in folders:
         step = int(folder.name.removeprefix("step-"))
         if folder not in whole[-keep:] and not (folder in whole and keep_every and step % keep_every == 0):
-            # Without its marker a half-deleted checkpoint can't be taken for a whole one.
-            (folder / COMPLETE).unlink(missing_ok=True)
+            try:
+                # Without its marker a half-deleted checkpoint can't be taken for a whole one.
+                (folder / COMPLETE).unlink(missing_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: can't be deleted ({error.strerror}); give write access") from None
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -157,17 +188,6 @@ def _owners(shapes: Mapping[str, torch.Size], size: int) -> dict[str, int]:
         owners[name] = load.index(min(load))
         load[owners[name]] += shape.numel()
     return owners
-
-
-def _gather(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors this rank writes, on the host, and the counters beside them."""
-    owners = _owners(state.shapes(engine), world.size)
-    tensors = {}
-    for name, parts in state.full_state(engine):
-        if owners[name] == world.rank:
-            # A copy even of what is on the host already: training goes on.
-            tensors |= {f"{part}/{name}": value.to("cpu", copy=True).contiguous() for part, value in parts.items()}
-    return tensors, {"optimizer_step": state.optimizer_step(engine), "loss_scale": state.loss_scale(engine)}
 
 
 def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
@@ -194,10 +214,8 @@ def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
     state.set_state(engine, read, saved.meta["optimizer_step"], saved.meta["loss_scale"])
 
 
-def _start_folder(partial: Path, is_main: bool) -> None:
-    """An empty folder to write into, made by rank 0."""
-    if not is_main:
-        return
+def _start_folder(partial: Path) -> None:
+    """An empty folder to write into."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -206,15 +224,15 @@ def _start_folder(partial: Path, is_main: bool) -> None:
 
 
 def _write_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    data = safetensors.torch.save(tensors)
-    _write_durably(path, data)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _exchange(mine: dict[str, Any], world: World) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{}] * world.size
-    torch.distributed.all_gather_object(parts, mine, group=world.control)
-    return {name: entry for part in parts for name, entry in part.items()}
+    try:
+        # Not `save`: it would hold Python's lock, and training with it, for seconds.
+        safetensors.torch.save_file(tensors, path)
+        # safetensors lets nobody else read its files; the folder's mode says who may.
+        path.chmod(path.parent.stat().st_mode & 0o666)
+        sync(path)
+        return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _cannot_write(path, error) from None
 
 
 def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
@@ -223,29 +241,31 @@ def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
     _write_durably(partial / "meta.json", text)
     _write_durably(partial / COMPLETE, hashlib.sha256(text).hexdigest().encode())
     try:
-        sync_folder(partial)
+        sync(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise _cannot_write(folder, error) from None
 
 
 def _verify_file(path: Path, entry: dict[str, Any]) -> None:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        digest = _digest(path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: can't be read ({error.strerror}); remove its folder to use the one before"
         ) from None
-    if digest.hexdigest() != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise CheckpointError(
             f"{path}: its bytes are not those that were saved; remove its folder to use the one before"
         )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -255,8 +275,9 @@ def _write_durably(path: Path, data: bytes) -> None:
         raise _cannot_write(path, error) from None
 
 
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+def _cannot_write(path: Path, error: OSError | safetensors.SafetensorError) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
     return CheckpointError(
-        f"{path}: can't be written ({error.strerror or error}); the checkpoints before it are untouched. Make room or "
-        "give write access, then start the same command again"
+        f"{path}: can't be written ({reason}); the checkpoints before it are untouched. Make room or give write "
+        "access, then start the same command again"
     )

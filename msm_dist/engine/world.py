@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -62,6 +62,16 @@ class World:
         """Wait for all ranks."""
         self.agree_any(False)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's plain value, by rank."""
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def beside(self, timeout_minutes: float) -> "World":
+        """The same ranks with a control group of its own, for one other thread of each; a collective."""
+        return replace(self, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and give its result, or its MsmError, to all ranks."""
         outcome: list[object] = [None, None]
@@ -83,9 +93,7 @@ class World:
             result = action()
         except MsmError as error:
             fault = f"rank {self.rank}: {error}" if self.size > 1 else str(error)
-        faults: list[str] = [""] * self.size
-        dist.all_gather_object(faults, fault, group=self.control)
-        if found := [fault for fault in faults if fault]:
+        if found := [fault for fault in self.gather(fault) if fault]:
             error = kind(found[0])
             error.on_all_ranks = True
             raise error

@@ -2,7 +2,8 @@
 
 In: a Config. Out: a run folder with metrics, checkpoints and, at the end, the exported weights; an exit code
 (0: finished; 75: saved, asks for a requeue; 128 + signal: saved and stopped). Started as
-`deepspeed --module msm_dist.pretrain CONFIG [a.b=c ...]`, by torchrun, by srun, or as one plain process.
+`deepspeed --module msm_dist.pretrain CONFIG [a.b=c ...]`, by torchrun, by srun, or as one plain process. A model of
+yours takes the place of the configuration's through `build_model`, the one extension point (docs/extend.md).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from msm_dist import monitor
+from msm_dist import extension, monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
 from msm_dist.data.stream import Batch
@@ -29,15 +30,18 @@ from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_
 from msm_dist.engine.zero import build_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.extension import BuildModel, configured_model
 from msm_dist.features import LogMel, normalize
 from msm_dist.feed import feeding, tracing
 from msm_dist.files import write_atomically
-from msm_dist.model.mae import MaskedSpectrogramModel, Output
+from msm_dist.initial import load_initial
+from msm_dist.model.mae import Output
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
 from msm_dist.profiling import part, profiling
 from msm_dist.summary import announcement, summary
 from msm_dist.validate import Forward, Validation
+from msm_kernels.patch_masking import Masking
 
 CLIP_KEYS_SHOWN = 8
 
@@ -58,6 +62,8 @@ class Training:
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
+    is_configured: bool
+    """Whether the model has the parameters that the configuration describes: MFU counts no others."""
     step: int
     """Updates done."""
     bad_samples: int
@@ -66,7 +72,7 @@ class Training:
     """Samples filled for clips of missing shards, likewise."""
 
 
-def pretrain(cfg: Config) -> int:
+def pretrain(cfg: Config, build_model: BuildModel = configured_model) -> int:
     """Run or continue a run; the exit code. Raises MsmError kinds."""
     world = join_world(cfg.engine.timeout_minutes)
     interruption = preempt.Interruption(world.control)
@@ -77,7 +83,7 @@ def pretrain(cfg: Config) -> int:
         layout = batch_layout(cfg, world.size)
         corpus = world.on_main(lambda: open_corpus(cfg, layout))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
-        run = build(cfg, world, layout, corpus, interruption)
+        run = build(cfg, world, layout, corpus, interruption, build_model)
         stack.callback(run.monitor.close)
         stack.callback(run.saver.close)
         if run.step < corpus.total_steps and (reason := train(run)):
@@ -122,7 +128,7 @@ def train(run: Training) -> int:
 
             last = run.step == total_steps
             if last or run.step % cfg.train.log_every == 0:
-                log_training(run, loss, lr, watch, run.step - logged_step)
+                log_training(run, loss, lr, watch, run.step - logged_step, output.masking)
                 logged_step = run.step
             with watch.paused(), part("outside"):
                 if last or run.step % cfg.train.valid_every == 0:
@@ -175,32 +181,36 @@ def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
     raise error
 
 
-def log_training(run: Training, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
+def log_training(
+    run: Training, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int, masking: Masking
+) -> None:
     """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
     cfg, world = run.cfg, run.world
     loss_sum, bad_samples, missing_samples = world.sum([loss.item(), run.bad_samples, run.missing_samples])
     clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
     rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
-    flops = monitor.flops_per_clip(
-        cfg.model.geometry,
-        cfg.num_patches,
-        cfg.num_keep,
-        cfg.num_patches - cfg.num_keep,
-        cfg.model.patch[0] * cfg.model.patch[1],
-        cfg.model.cls_token,
-    )
+    rate = rates["clips_per_second"] / world.size
     values = {
         "loss": loss_sum / world.size,
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         **rates,
-        "mfu": flops * rates["clips_per_second"] / (world.size * run.matrix_rate),
+        **({"mfu": flops_per_clip(cfg, masking) * rate / run.matrix_rate} if run.is_configured else {}),
         "device_memory_gib": monitor.device_memory_gib(world.device),
         "bad_clips": bad_samples / cfg.data.crops_per_clip,
         "missing_clips": missing_samples / cfg.data.crops_per_clip,
         **run.saver.lap(),
     }
     run.monitor.train(run.step, values)
+
+
+def flops_per_clip(cfg: Config, masking: Masking) -> float:
+    """Matrix FLOPs of one clip in the configuration's model, of whose patches `masking` shows some to the encoder."""
+    num_keep, num_masked = masking.ids_keep.shape[1], masking.ids_masked.shape[1]
+    height, width = cfg.model.patch
+    return monitor.flops_per_clip(
+        cfg.model.geometry, num_keep + num_masked, num_keep, num_masked, height * width, cfg.model.cls_token
+    )
 
 
 def stop_if_too_much_is_bad(run: Training) -> None:
@@ -226,8 +236,8 @@ def validate(run: Training) -> None:
     if run.validation is None:
         return
     with evaluating(run) as forward:
-        values = run.validation.loss(forward)
-    run.monitor.valid(run.step, values | run.validation.references())
+        values = run.validation.loss(forward) | run.validation.references(forward)
+    run.monitor.valid(run.step, values)
 
 
 def draw(run: Training) -> None:
@@ -278,23 +288,34 @@ def finish(run: Training) -> None:
 
 
 def build(
-    cfg: Config, world: World, layout: BatchLayout, corpus: Corpus, interruption: preempt.Interruption
+    cfg: Config,
+    world: World,
+    layout: BatchLayout,
+    corpus: Corpus,
+    interruption: preempt.Interruption,
+    build_model: BuildModel,
 ) -> Training:
     """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
     folder, identity = cfg.run.folder, plan_identity(corpus)
     world.on_main(lambda: compare_config(folder, cfg))
+    change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
     saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps, layout))
     if cfg.data.verify == "digest":
         world.together(lambda: check_digests(corpus.index, world.rank, world.size), DataError)
-    model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, cfg.data.crop_frames, cfg.seed)
-    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model = extension.build_seeded(build_model, cfg)
+    is_configured = extension.has_configured_parameters(model, cfg)
+    notes = [*extension.builder_notes(build_model, is_configured), *([change] if change else [])]
+    initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
+    reads_initial = saved is None and cfg.train.init_from is not None
+    report = load_initial(cfg, corpus.features, initial, world) if reads_initial else None
     shape = (cfg.train.micro_batch, 1, cfg.features.n_mels, cfg.data.crop_frames)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     sample_ids = torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64)
     with fitting_memory(world.device, cfg.train.micro_batch):
         engine = build_engine(model, cfg, layout, world.device)
-        dry_run(engine, noise.to(world.device), sample_ids.to(world.device))
+        with extension.held_to_contract(model, cfg, world.device, build_model):
+            dry_run(engine, noise.to(world.device), sample_ids.to(world.device))
     if saved:
         checkpoint.load(engine, saved, world)
     else:
@@ -306,11 +327,15 @@ def build(
     validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
     metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
     saver = Saver(folder / "checkpoints", cfg.checkpoint, world, cfg.engine.timeout_minutes)
+    world.on_main(lambda: extension.record_builder(folder, build_model))
     world.on_main(lambda: record_start(folder, cfg, identity))
+    if report:
+        world.on_main(lambda: write_atomically(folder / "init_from.json", report.json()))
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     if world.is_main:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(announcement(cfg, world, corpus, num_parameters, saved), flush=True)
+        num_parameters = sum(value.numel() for value in initial.values())  # ZeRO 3 has emptied the model's own
+        lines = [announcement(cfg, world, corpus, num_parameters, saved), *(f"note       {note}" for note in notes)]
+        print("\n".join([*lines, *([report.text()] if report else [])]), flush=True)
     return Training(
         cfg,
         world,
@@ -323,6 +348,7 @@ def build(
         saver,
         interruption,
         rate,
+        is_configured,
         step,
         saved.meta["bad_samples"] if saved and world.is_main else 0,
         saved.meta["missing_samples"] if saved and world.is_main else 0,
@@ -350,8 +376,8 @@ def newest_checkpoint(root: Path, total_steps: int, layout: BatchLayout) -> chec
     return saved
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`python -m msm_dist.pretrain CONFIG [a.b=c ...]`; the exit code."""
+def main(arguments: Sequence[str], build_model: BuildModel = configured_model) -> int:
+    """`python -m msm_dist.pretrain CONFIG [a.b=c ...]`, or a program with a model of its own; the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed calls collectives by names that torch renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -368,7 +394,7 @@ def main(arguments: Sequence[str]) -> int:
         except ConfigError as error:
             error.on_all_ranks = True
             raise
-        return pretrain(cfg)
+        return pretrain(cfg, build_model)
 
     return reporting(action)
 

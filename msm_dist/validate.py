@@ -7,10 +7,15 @@ frames. Out: the mean loss over clips, references in the units of the loss, pict
 decoded is left out and reported. Fails with DataError: shards missing or damaged, no clip decodes, no
 statistics.
 
+A model is judged by what its Output says: its own masks, and as target the spectrogram, or `target`
+[B, 1, F, T] where the Output of a model of yours has one. References stand beside the mean squared error to the
+target's masked patches only: to any other loss they are no measure, and pictures need its patches.
+
 Legend: B clips, F mel bands, T frames, L patches, K visible, M masked, ph x pw a patch, S samples.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -29,13 +34,15 @@ from msm_dist.model.mae import Output
 from msm_dist.model.patches import PatchGrid, patchify, unpatchify
 from msm_dist.pictures import Picture, make_picture
 from msm_kernels.masked_loss import masked_patch_loss
-from msm_kernels.patch_masking import Masking, random_masking
+from msm_kernels.patch_masking import Masking
 from msm_kernels.reference import select_rows
 
 log = logging.getLogger(__name__)
 
 NUM_PICTURES = 4
 REFERENCE_CLIPS = 16  # at once: distances take B * M * L numbers
+REFERENCES = ("reference_mel_mean", "reference_visible_mean", "reference_nearest_patch")
+SAME_LOSS = 1e-3  # relative: between two orders of one sum, not between two losses
 
 Forward = Callable[[Tensor, Tensor], Output]
 """(normalised spectrogram [B, 1, F, T], sample_ids int64 [B, 3]) -> Output, without gradients."""
@@ -53,8 +60,12 @@ class Validation:
         world: World,
         waveforms: Tensor,
         sample_ids: Tensor,
+        most_clips: int,
     ):
-        """Use given crops: int16 [n, S] and their int64 [n, 3]; `mel_mean` [F] is not normalised."""
+        """Use given crops: int16 [n, S] and their int64 [n, 3]; `mel_mean` [F] is not normalised.
+
+        No rank has more than `most_clips` of them.
+        """
         self.cfg = cfg
         self.features = features
         self.mel_mean = normalize(mel_mean.double(), features.mean, features.std)
@@ -62,7 +73,8 @@ class Validation:
         self.world = world
         self.waveforms = waveforms
         self.sample_ids = sample_ids
-        self._references: dict[str, float] = {}
+        self.most_clips = most_clips
+        self._references: dict[str, float] | None = None
 
     @classmethod
     def open(cls, cfg: Config, corpus: Corpus, front_end: LogMel, world: World) -> "Validation | None":
@@ -84,7 +96,8 @@ class Validation:
         clips = [shard.clips for shard in index.shards]
         plan = make_plan(clips, cfg.seed, lanes=1, block=1, shuffle_window=1, crops_per_clip=1)
         source = Source(plan, index, corpus.features, cfg.data.crop_frames, frozenset(missing))
-        sample_ids = _sample_ids(min(cfg.train.valid_clips, index.num_clips))[world.rank :: world.size]
+        num_clips = min(cfg.train.valid_clips, index.num_clips)
+        sample_ids = _sample_ids(num_clips)[world.rank :: world.size]
         crops = CropReader(source).read(sample_ids)
         good = [number for number, crop in enumerate(crops) if crop is not None]
         if len(good) < len(crops):
@@ -101,58 +114,80 @@ class Validation:
             world,
             torch.from_numpy(waveforms),
             torch.from_numpy(sample_ids[good]),
+            math.ceil(num_clips / world.size),
         )
 
     def loss(self, forward: Forward) -> dict[str, float]:
         """valid_loss: the mean over all clips, whatever the world size and the micro-batch."""
         total = 0.0
-        for spectrogram, sample_ids in self._batches(self.cfg.train.micro_batch):
-            total += forward(spectrogram, sample_ids).loss.item() * len(sample_ids)
+        for spectrogram, sample_ids, num_clips in self._batches(self.cfg.train.micro_batch):
+            loss = forward(spectrogram, sample_ids).loss.item()
+            total += loss * num_clips if num_clips else 0.0
         return {"valid_loss": self._mean([total])[0]}
 
-    def references(self) -> dict[str, float]:
-        """What three predictors without a model reach on the same masked patches; computed once.
+    def references(self, forward: Forward) -> dict[str, float]:
+        """What three predictors without a model reach on the patches that the model masks; computed once.
 
         reference_mel_mean: the training corpus' mean per mel band. reference_visible_mean: the mean per band
-        of the clip's visible patches. reference_nearest_patch: the nearest visible patch.
+        of the clip's visible patches. reference_nearest_patch: the nearest visible patch. Without the first where
+        the target is not the spectrogram; none, with a warning, where the loss is not the error to the target.
         """
-        if not self._references:
-            totals = dict.fromkeys(("reference_mel_mean", "reference_visible_mean", "reference_nearest_patch"), 0.0)
-            for spectrogram, sample_ids in self._batches(REFERENCE_CLIPS):
-                for name, error in self._reference_errors(spectrogram.double(), sample_ids).items():
-                    totals[name] += error * len(sample_ids)
-            self._references = dict(zip(totals, self._mean(list(totals.values())), strict=True))
+        if self._references is None:
+            totals = dict.fromkeys((*REFERENCES, "other_target", "other_loss"), 0.0)
+            for spectrogram, sample_ids, num_clips in self._batches(REFERENCE_CLIPS):
+                errors = self._reference_errors(spectrogram, forward(spectrogram, sample_ids))
+                for name, error in errors.items():
+                    totals[name] += error * num_clips
+            means = dict(zip(totals, self._mean(list(totals.values())), strict=True))
+            kept = REFERENCES[1:] if means["other_target"] else REFERENCES
+            if means["other_loss"]:
+                kept = ()
+                if self.world.is_main:
+                    log.warning(
+                        "the model's loss is not the mean squared error of its prediction to its target's masked "
+                        "patches: validation has no references that could stand beside it"
+                    )
+            self._references = {name: means[name] for name in kept}
         return dict(self._references)
 
     def pictures(self, forward: Forward) -> list[Picture]:
-        """Pictures of rank 0's first clips; empty on the other ranks."""
+        """Pictures of rank 0's first clips; empty on the other ranks, and for a prediction that is not of patches."""
         batch = next(self._batches(NUM_PICTURES), None)
         if batch is None:
             return []
-        output = forward(*batch)
-        if not self.world.is_main:
+        spectrogram, sample_ids, num_clips = batch
+        output = forward(spectrogram, sample_ids)
+        if not (self.world.is_main and num_clips and self._predicts_patches(output)):
             return []
-        spectrogram, prediction = batch[0].cpu(), output.prediction.float().cpu()
+        target, prediction = _target(output, spectrogram).float().cpu(), output.prediction.float().cpu()
         ids = [rows.cpu() for rows in output.masking]
         return [
             make_picture(
-                spectrogram[number],
+                target[number],
                 Masking(*(rows[number : number + 1] for rows in ids)),
                 prediction[number],
                 self.cfg.model.patch,
                 self.cfg.model.normalize_targets,
                 self.features,
             )
-            for number in range(len(spectrogram))
+            for number in range(num_clips)
         ]
 
-    def _batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised spectrograms [B, 1, F, T] and sample_ids [B, 3], on the device."""
+    def _batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Normalised spectrograms [B, 1, F, T] and sample_ids [B, 3], on the device, and how many clips they are.
+
+        As many batches on all ranks, as ZeRO 3 gathers weights in every forward pass: a rank that has run out
+        yields one clip of silence that counts as none.
+        """
         device = self.world.device
-        for start in range(0, len(self.sample_ids), size):
-            spectrogram = self.front_end(self.waveforms[start : start + size].to(device))
-            sample_ids = self.sample_ids[start : start + size].to(device)
-            yield normalize(spectrogram, self.features.mean, self.features.std), sample_ids
+        for start in range(0, self.most_clips, size):
+            waveforms, sample_ids = self.waveforms[start : start + size], self.sample_ids[start : start + size]
+            num_clips = len(sample_ids)
+            if not num_clips:
+                waveforms, sample_ids = self.waveforms.new_zeros(1, self.waveforms.shape[1]), sample_ids.new_zeros(1, 3)
+            spectrogram = self.front_end(waveforms.to(device))
+            normalized = normalize(spectrogram, self.features.mean, self.features.std)
+            yield normalized, sample_ids.to(device), num_clips
 
     def _mean(self, sums: list[float]) -> list[float]:
         """Sums over this rank's clips -> means over all clips."""
@@ -167,23 +202,35 @@ class Validation:
             raise error
         return [total / num_clips for total in totals]
 
-    def _reference_errors(self, spectrogram: Tensor, sample_ids: Tensor) -> dict[str, float]:
-        model = self.cfg.model
-        masking = random_masking(self.cfg.seed, sample_ids, self.cfg.num_patches, self.cfg.num_keep, model.backend)
-        mel_mean = self.mel_mean.to(spectrogram.device)
+    def _predicts_patches(self, output: Output) -> bool:
+        height, width = self.cfg.model.patch
+        return tuple(output.prediction.shape) == (*output.masking.ids_masked.shape, height * width)
+
+    def _reference_errors(self, spectrogram: Tensor, output: Output) -> dict[str, float]:
+        """Errors of the predictors, and whether the model has another target or another loss than they stand for."""
+        model, masking = self.cfg.model, output.masking
+        target = _target(output, spectrogram)
+        other_target = target is not spectrogram
+        if not self._predicts_patches(output):
+            return {"other_loss": 1.0}
+
+        def error_of(patches: Tensor, target: Tensor) -> Tensor:
+            return masked_patch_loss(patches, target, masking, model.patch, model.normalize_targets, model.backend)
+
+        error = error_of(output.prediction, target)
+        is_loss = torch.isclose(output.loss.float(), error.float(), rtol=SAME_LOSS, equal_nan=True)
+        target = target.double()
+        mel_mean = torch.zeros_like(self.mel_mean) if other_target else self.mel_mean
+        mel_mean = mel_mean.to(target.device)
         predictions = {
-            "reference_mel_mean": mel_mean_patches(spectrogram, masking, model.patch, mel_mean),
-            "reference_visible_mean": visible_mean_patches(spectrogram, masking, model.patch, mel_mean),
-            "reference_nearest_patch": nearest_patches(spectrogram, masking, model.patch),
+            "reference_mel_mean": mel_mean_patches(target, masking, model.patch, mel_mean),
+            "reference_visible_mean": visible_mean_patches(target, masking, model.patch, mel_mean),
+            "reference_nearest_patch": nearest_patches(target, masking, model.patch),
         }
         if model.normalize_targets:
             predictions = {name: _normalized(patches) for name, patches in predictions.items()}
-        return {
-            name: masked_patch_loss(
-                patches, spectrogram, masking, model.patch, model.normalize_targets, model.backend
-            ).item()
-            for name, patches in predictions.items()
-        }
+        errors = {name: error_of(patches, target).item() for name, patches in predictions.items()}
+        return errors | {"other_target": float(other_target), "other_loss": float(not is_loss)}
 
 
 def mel_mean_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], mel_mean: Tensor) -> Tensor:
@@ -217,6 +264,12 @@ def nearest_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int
     to_visible = rank[masking.ids_masked[:, :, None], masking.ids_keep[:, None, :]]  # [B, M, K]
     nearest = masking.ids_keep.gather(1, to_visible.argmin(dim=-1))
     return select_rows(patchify(spectrogram, patch_size), nearest)
+
+
+def _target(output: Output, spectrogram: Tensor) -> Tensor:
+    """What the model predicts patches of: [B, 1, F, T]."""
+    target = getattr(output, "target", None)
+    return spectrogram if target is None else target
 
 
 def _normalized(patches: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ LAYERS = (
     {"data", "features", "kernels"},
     {"model"},
     {"engine", "monitor", "pictures", "profile_summary", "profiling"},
-    {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"},
+    {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
+    | {"extension", "initial"},
     {"launch", "doctor"},
     {"cli"},
     {"__main__"},

@@ -1,5 +1,6 @@
 """Validation: fixed crops and masks, means over clips, references that are what they say."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -98,7 +99,7 @@ def test_loss_is_the_mean_of_the_clips_losses(index):
 def test_world_size_and_micro_batch_change_nothing_but_rounding(index):
     cfg = settings(index)
     alone = open_validation(cfg, index)
-    expected = alone.loss(forward_of(cfg)) | alone.references()
+    expected = alone.loss(forward_of(cfg)) | alone.references(forward_of(cfg))
     smaller = settings(index, micro_batch=2)
     for size in (2, 3):
         barrier, table = threading.Barrier(size), {}
@@ -107,7 +108,7 @@ def test_world_size_and_micro_batch_change_nothing_but_rounding(index):
         clips = torch.cat([part.sample_ids for part in parts])
         assert sorted(clips[:, 1].tolist()) == list(range(9))
         with ThreadPoolExecutor(size) as pool:
-            results = list(pool.map(lambda part: part.loss(forward_of(cfg)) | part.references(), parts))
+            results = list(pool.map(lambda part: part.loss(forward_of(cfg)) | part.references(forward_of(cfg)), parts))
         for result in results:
             assert result == pytest.approx(expected, rel=1e-5)
 
@@ -117,10 +118,11 @@ def test_crops_and_masks_are_the_same_at_every_opening_and_depend_on_the_seed(in
     assert torch.equal(first.waveforms, again.waveforms)
     assert torch.equal(first.sample_ids, again.sample_ids)
     assert first.sample_ids.tolist() == [[0, clip, 0] for clip in range(9)]
-    assert first.references() == again.references()
+    forward = forward_of(settings(index))
+    assert first.references(forward) == again.references(forward)
     other = open_validation(settings(index, seed=1), index)
     assert not torch.equal(first.waveforms, other.waveforms)
-    assert first.references() != other.references()
+    assert first.references(forward) != other.references(forward_of(settings(index, seed=1)))
 
 
 def test_a_clip_that_does_not_decode_is_left_out_and_reported(index, caplog):
@@ -143,7 +145,7 @@ def test_a_set_in_which_nothing_decodes_is_an_error_on_all_ranks(index):
         validation.loss(forward_of(cfg))
     assert raised.value.on_all_ranks
     with pytest.raises(DataError, match="none of the first 9"):
-        validation.references()
+        validation.references(forward_of(cfg))
 
 
 def test_a_corpus_without_band_means_names_the_command(index):
@@ -169,7 +171,7 @@ def test_references_are_what_slow_loops_give(index, normalize_targets):
     validation = open_validation(cfg, index)
     spectrogram = spectrogram_of(validation).double()
     masking = random_masking(cfg.seed, validation.sample_ids, cfg.num_patches, cfg.num_keep)
-    expected = dict.fromkeys(validation.references(), 0.0)
+    expected = dict.fromkeys(SLOW_PREDICTORS, 0.0)
     mel_mean = (torch.tensor(MEL_MEAN).double() + 7.0) / 2.0
     for clip, (keep, masked) in enumerate(zip(masking.ids_keep, masking.ids_masked, strict=True)):
         for name, slow in SLOW_PREDICTORS.items():
@@ -180,7 +182,7 @@ def test_references_are_what_slow_loops_give(index, normalize_targets):
                     target, predicted = whiten(target), whiten(predicted)
                 error = (predicted - target).square().mean().item()
                 expected[name] += error / len(masked) / len(spectrogram)
-    assert validation.references() == pytest.approx(expected, rel=1e-5)
+    assert validation.references(forward_of(cfg)) == pytest.approx(expected, rel=1e-5)
 
 
 def cut(spectrogram, patch):
@@ -272,3 +274,99 @@ def test_pictures_show_the_first_clips_and_only_rank_0_draws_them(index):
     assert len(pictures) == 4
     other = open_validation(cfg, index, FakeWorld(rank=1, size=2))
     assert other.pictures(forward_of(cfg)) == []
+
+
+def columns_of(sample_ids, num_keep=3):
+    """Whole columns visible, others than `random_masking` draws."""
+    kept = random_masking(9, sample_ids, 13, num_keep).ids_keep
+    return masking_from_keep((13 * torch.arange(5)[:, None] + kept[:, None, :]).flatten(1), 65)
+
+
+@dataclass
+class Foreign:
+    """The output of a model from outside."""
+
+    loss: torch.Tensor
+    prediction: torch.Tensor
+    masking: object
+    target: torch.Tensor | None = None
+
+
+def test_references_and_pictures_follow_the_models_own_masks_and_target(index):
+    cfg = settings(index)
+
+    def forward(spectrogram, sample_ids, with_target=True):
+        masking, target = columns_of(sample_ids), spectrogram.flip(-1) if with_target else None
+        prediction = torch.zeros(len(sample_ids), 50, 256)
+        judged_on = spectrogram if target is None else target
+        loss = masked_patch_loss(prediction, judged_on, masking, (16, 16), normalize=False)
+        return Foreign(loss, prediction, masking, target)
+
+    validation = open_validation(cfg, index)
+    spectrogram = spectrogram_of(validation)
+    masking = columns_of(validation.sample_ids)
+    target = spectrogram.flip(-1).double()
+    visible = visible_mean_patches(target, masking, (16, 16), torch.zeros(80))
+    nearest = nearest_patches(target, masking, (16, 16))
+    assert validation.references(forward) == {
+        "reference_visible_mean": pytest.approx(loss_of(visible, target, masking, (16, 16)), rel=1e-5),
+        "reference_nearest_patch": pytest.approx(loss_of(nearest, target, masking, (16, 16)), rel=1e-5),
+    }
+    picture = validation.pictures(forward)[1]
+    one = columns_of(validation.sample_ids[1:2])
+    expected = make_picture(target[1].float(), one, torch.zeros(50, 256), (16, 16), False, cfg.features)
+    assert torch.equal(picture.image, expected.image)
+
+    own_masks = open_validation(cfg, index).references(lambda *batch: forward(*batch, with_target=False))
+    mel_mean = (torch.tensor(MEL_MEAN).double() + 7.0) / 2.0
+    patches = mel_mean_patches(spectrogram.double(), masking, (16, 16), mel_mean)
+    assert own_masks.keys() == SLOW_PREDICTORS.keys()
+    assert own_masks["reference_mel_mean"] == pytest.approx(
+        loss_of(patches, spectrogram.double(), masking, (16, 16)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("other", ["loss", "prediction"])
+def test_other_losses_and_predictions_have_no_references(index, caplog, other):
+    cfg, inner = settings(index), forward_of(settings(index))
+
+    def forward(spectrogram, sample_ids):
+        output = inner(spectrogram, sample_ids)
+        if other == "loss":
+            return output._replace(loss=output.loss.sqrt())
+        return output._replace(prediction=output.prediction[..., :13])
+
+    validation = open_validation(cfg, index)
+    assert validation.references(forward) == {}
+    assert "no references" in caplog.text
+    assert bool(validation.pictures(forward)) == (other == "loss")
+
+
+def test_every_rank_makes_as_many_forward_passes(index):
+    """ZeRO 3 gathers weights in each of them: a rank that made fewer would leave the others waiting."""
+    cfg = settings(index, micro_batch=2)
+    alone = open_validation(cfg, index)
+    expected = alone.loss(forward_of(cfg)) | alone.references(forward_of(cfg))
+    for size in (2, 12):
+        barrier, table = threading.Barrier(size, timeout=60), {}
+        worlds = [FakeWorld(rank, size, barrier, table) for rank in range(size)]
+        parts = [open_validation(cfg, index, world) for world in worlds]
+        forwards = [Counting(forward_of(cfg)) for _ in parts]
+        with ThreadPoolExecutor(size) as pool:
+            results = list(pool.map(lambda part, f: part.loss(f) | part.references(f), parts, forwards))
+        for result in results:
+            assert result == pytest.approx(expected, rel=1e-5)
+        for part, forward in zip(parts, forwards, strict=True):
+            part.pictures(forward)
+        assert [forward.count for forward in forwards] == [math.ceil(math.ceil(9 / size) / 2) + 2] * size
+
+
+class Counting:
+    """A forward pass that counts its calls."""
+
+    def __init__(self, forward):
+        self.forward, self.count = forward, 0
+
+    def __call__(self, *batch):
+        self.count += 1
+        return self.forward(*batch)

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torchaudio.functional import resample
 
 from msm_dist.data.audio import resampling_ratio
-from msm_dist.errors import CheckpointError, DataError
+from msm_dist.errors import DataError
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, load
@@ -39,15 +39,7 @@ class Encoder:
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Encoder":
         """Read the weights of a run folder, or of a folder that holds weights. Raises CheckpointError."""
-        folder = Path(path)
-        if (folder / "export").is_dir():
-            folder = folder / "export"
-        elif (folder / "config.yaml").is_file():
-            raise CheckpointError(
-                f"{folder}: a run without exported weights, which it writes when it finishes; start it again "
-                "to finish it"
-            )
-        return cls(*load(folder), device=device)
+        return cls(*load(path), device=device)
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, sample_rate: int) -> Tensor:

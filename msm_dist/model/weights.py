@@ -9,7 +9,7 @@ Everything that doesn't fit raises CheckpointError.
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -89,21 +89,46 @@ def save(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> Pa
 
 
 def load(path: str | Path) -> tuple[MaskedSpectrogramModel, WeightsInfo]:
-    """Rebuild a model, on the CPU, from a folder that `save` wrote (or its model.safetensors).
+    """Rebuild a model, on the CPU, from weights on disk (see `read`).
 
     Strict: every parameter must be there, with its shape, and nothing else. Raises CheckpointError.
     """
-    folder = Path(path)
-    folder = folder.parent if folder.name == WEIGHTS_FILE else folder
-    info = _read_info(folder / CONFIG_FILE)
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not readable weights ({error})") from None
-    model = _build(info.model, info.features.n_mels, info.crop_frames, source=str(folder))
-    _check_names(state, model.state_dict(), source=str(folder / WEIGHTS_FILE))
+    state, info = read(path)
+    source = str(weights_folder(path))
+    model = _build(info.model, info.features.n_mels, info.crop_frames, source)
+    _check_names(state, model.state_dict(), source=f"{source}/{WEIGHTS_FILE}")
     model.load_state_dict(state)
     return model, info
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """The tensors by name, on the CPU, and what stands beside them; no model is built. Raises CheckpointError.
+
+    `path` is anything `weights_folder` takes.
+    """
+    folder = weights_folder(path)
+    info = _read_info(folder / CONFIG_FILE)
+    try:
+        return load_file(folder / WEIGHTS_FILE), info
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not readable weights ({error})") from None
+
+
+def weights_folder(path: str | Path) -> Path:
+    """The folder that holds the weights: of a run, of a folder that `save` wrote, or of its model.safetensors.
+
+    Raises CheckpointError for a run that has not exported any.
+    """
+    folder = Path(path)
+    if folder.name == WEIGHTS_FILE:
+        return folder.parent
+    if (folder / "export").is_dir():
+        return folder / "export"
+    if (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{folder}: a run without exported weights, which it writes when it finishes; start it again to finish it"
+        )
+    return folder
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
@@ -157,6 +182,27 @@ def to_published(model: MaskedSpectrogramModel) -> dict[str, Tensor]:
     state["pos_embed"] = model.encoder.positions().unsqueeze(0)
     state["decoder_pos_embed"] = model.decoder.positions().unsqueeze(0)
     return state
+
+
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """How tensors differ in names and shapes from those expected, in one line; empty where they don't."""
+    wrong = [
+        f"{name} {list(state[name].shape)} (expected {list(expected[name].shape)})"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    faults = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "wrong shape": wrong,
+    }
+    return "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 _NOT_PARAMETERS = ("pos_embed", "decoder_pos_embed", "norm_stats")
@@ -253,23 +299,8 @@ def _build(model: Model, n_mels: int, crop_frames: int, source: str) -> MaskedSp
 
 def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Every expected tensor with its shape, and nothing else; all faults in one CheckpointError."""
-    wrong = [
-        f"{name} {list(state[name].shape)} (expected {list(expected[name].shape)})"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    faults = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [name for name in state if name not in expected],
-        "wrong shape": wrong,
-    }
-    if found := [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]:
-        raise CheckpointError(f"{source}: its tensors are not those of its configuration; {'; '.join(found)}")
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    if found := differences(state, expected):
+        raise CheckpointError(f"{source}: its tensors are not those of its configuration; {found}")
 
 
 def _read_info(path: Path) -> WeightsInfo:
@@ -290,6 +321,6 @@ def _read_info(path: Path) -> WeightsInfo:
         raise CheckpointError(
             f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the configuration of saved weights ({error})") from None
     return info

@@ -4,6 +4,7 @@ KILL=step:S          rank KILL_RANK dies after the update of step S, before anyt
 KILL=write:N         ... instead of the N-th durable write of a checkpoint (state, meta.json, complete)
 KILL=torn:N          ... in the middle of the N-th one
 KILL=beside:N        ... in the middle of the N-th one, once training is STEPS_BESIDE steps further
+KILL=full:N          nobody dies; KILL_RANK finds the disk full at the N-th one
 KILL=rename          ... before a written checkpoint gets its name
 KILL=export          ... before the export
 KILL=slow:S          nobody dies; a step takes S seconds longer
@@ -12,6 +13,7 @@ KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied 
 KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 """
 
+import errno
 import os
 import signal
 import sys
@@ -71,6 +73,8 @@ def dying(write):
         global writes
         writes += 1
         if writes == int(number):
+            if what == "full":
+                raise checkpoint._cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             if what != "write":
                 write(path, content)
                 os.truncate(path, path.stat().st_size // 2)
@@ -96,7 +100,7 @@ if what == "disk":
     checkpoint._write_state = slow_disk
 if what == "beside":
     pretrain.stop_if_skipped = counting
-if mine and what in ("write", "torn", "beside"):
+if mine and what in ("write", "torn", "beside", "full"):
     checkpoint._write_state = dying(checkpoint._write_state)
     checkpoint._write_durably = dying(checkpoint._write_durably)
 if mine and what == "rename":

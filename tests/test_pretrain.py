@@ -273,6 +273,16 @@ def test_finished_run_has_waited_for_its_last_checkpoint_and_tells_what_steps_wa
     assert held_up == [3, 5]
 
 
+def test_run_whose_last_checkpoint_can_not_be_written_is_not_finished(runs):
+    processes = runs.start("unsaved", "train.steps=3", "checkpoint.every=50", KILL="full:1", KILL_RANK="1")
+    codes, output = finish(processes, end_peers=False)
+    assert codes == [2, 2], output
+    assert output.count("rank 1: ") == output.count("No space left on device") == 1
+    assert "Traceback" not in output
+    assert runs.checkpoints("unsaved") == []
+    assert not (runs.folder / "unsaved" / "export").exists()
+
+
 def test_second_signal_does_not_wait_for_a_checkpoint_being_written(runs):
     processes = runs.start("impatient", "checkpoint.every=2", ranks=1, KILL="disk:600")
     metrics = runs.folder / "impatient" / "metrics.jsonl"

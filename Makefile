@@ -42,7 +42,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-aot test-gpu bench tune gpu-session lint doctor clean
+.PHONY: help setup pretrain test test-aot test-engine test-gpu bench tune gpu-session lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -78,6 +78,10 @@ pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.jso
 
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+# make test takes a few cells of this matrix. The table of docs/engine.md: python -m tests.engine_matrix
+test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py $(PYTEST_ARGS)
 
 # Without deepspeed the tests of the engine are left out and named; `bench` says that plain AdamW took its place.
 test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml safetensors pytest pytest-timeout hypothesis

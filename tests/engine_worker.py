@@ -1,141 +1,234 @@
-"""One rank of tests/test_engine.py: a small model under DeepSpeed beside a plain AdamW loop.
+"""One rank of tests/engine_matrix.py: a narrow model under DeepSpeed at every stage, precision and offload.
 
-Arguments: a folder, where rank 0 leaves results.json.
+Arguments: a folder and a phase: `train`, `move` or `defaults`. The arguments of each call of it are read there from
+<phase>-<world size>.json, and rank 0 leaves <phase>-<world size>-results.json.
 """
 
+import contextlib
 import copy
 import json
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
-from torch import nn
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from safetensors.torch import load_file, save_file
 
 from msm_dist.config import batch_layout, parse_config
 from msm_dist.engine import checkpoint, state, zero
 from msm_dist.engine.optim import lr_at, parameter_groups
 from msm_dist.engine.world import join_world, leave_world
+from msm_dist.model.mae import MaskedSpectrogramModel
+from tests.engine_matrix import name_of
 
-STEPS, WARMUP, MICRO = 20, 3, 16
-
-
-class Loss(tuple):
-    @property
-    def loss(self):
-        return self[0]
+STEPS, SAVED, WARMUP, MICRO, GLOBAL = 20, 10, 3, 4, 24
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Small(nn.Module):
-    """A regression that has matrices, biases, norms and a 3-D token."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.token = nn.Parameter(torch.randn(1, 1, 16))
-        self.net = nn.Sequential(nn.Linear(16, 33), nn.LayerNorm(33), nn.GELU(), nn.Linear(33, 8))
-
-    def forward(self, x, sample_ids=None):
-        x, y = x[..., :16], x[..., 16:]
-        weight = self.net[0].weight
-        prediction = self.net((x + self.token[0].float()).to(weight.dtype)).float()
-        return Loss([(prediction - y).square().mean()])
-
-
-def config(precision, clip, accumulation, world):
+def config(stage, precision, offload, clip=0.5, depth=2):
+    """Few of this model's parameters are divided by 2 or by 3 ranks without a rest."""
     return parse_config(
         {
-            "train": {
-                "steps": STEPS,
-                "global_batch": MICRO * accumulation * world.size,
-                "micro_batch": MICRO,
-                "precision": precision,
+            "data": {"block": MICRO, "crop_frames": 12},
+            "features": {"n_mels": 15},
+            "model": {
+                "embed_dim": 20,
+                "depth": depth,
+                "num_heads": 2,
+                "decoder_embed_dim": 12,
+                "decoder_depth": 1,
+                "decoder_num_heads": 1,
+                "patch_size": "5x3",
             },
+            "train": {"steps": STEPS, "global_batch": GLOBAL, "micro_batch": MICRO, "precision": precision},
             "optim": {"lr": 1e-2, "clip_norm": clip},
+            "engine": {"zero_stage": stage, "offload": offload},
         },
         "test",
     )
 
 
-def case(world, folder, precision, clip, accumulation):
-    cfg = config(precision, clip, accumulation, world)
-    layout = batch_layout(cfg, world.size)
-    model = Small()
-    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
-    data = torch.randn(STEPS, layout.accumulation, world.size, MICRO, 24, generator=torch.Generator().manual_seed(1))
-    engine = zero.build_engine(model, cfg, layout, world.device)
+def new_model(cfg):
+    return MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, cfg.data.crop_frames, cfg.seed)
 
-    def train(start, stop):
+
+def micro_batch(step, number):
+    """Micro-batch `number` of the step's six: spectrogram and sample ids."""
+    ids = torch.tensor([[0, step * GLOBAL + number * MICRO + row, 0] for row in range(MICRO)])
+    generator = torch.Generator().manual_seed(step * 1000 + number)
+    return torch.randn(MICRO, 1, 15, 12, generator=generator).cumsum(-1), ids
+
+
+class Case:
+    """An engine of a configuration that has made its dry run."""
+
+    def __init__(self, world, cfg):
+        self.world, self.cfg = world, cfg
+        self.layout = batch_layout(cfg, world.size)
+        model = new_model(cfg)
+        self.initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.engine = zero.build_engine(model, cfg, self.layout, world.device)
+        spectrogram, ids = micro_batch(STEPS, 0)
+        zero.dry_run(self.engine, spectrogram.to(world.device), ids.to(world.device))
+        state.reset(self.engine, self.initial)
+
+    def train(self, start, stop, poison=False):
         for step in range(start, stop):
-            zero.set_lr(engine, lr_at(step, cfg.peak_lr, WARMUP, STEPS))
-            for micro in range(layout.accumulation):
-                engine.backward(engine(data[step, micro, world.rank].to(world.device)).loss)
-                engine.step()
+            zero.set_lr(self.engine, lr_at(step, self.cfg.peak_lr, WARMUP, STEPS))
+            for micro in range(self.layout.accumulation):
+                spectrogram, ids = micro_batch(step, micro * self.world.size + self.world.rank)
+                if poison and self.world.is_main:
+                    spectrogram = spectrogram * float("nan")
+                loss = self.engine(spectrogram.to(self.world.device), sample_ids=ids.to(self.world.device)).loss
+                self.engine.backward(loss * (loss.detach() * 0 + 1))
+                self.engine.step()
 
-    noise = torch.randn(MICRO, 24, generator=torch.Generator().manual_seed(2))
-    rng = torch.get_rng_state()
-    zero.dry_run(engine, noise.to(world.device), torch.zeros(1))
-    state.reset(engine, initial)
-    result = {
-        "rng_untouched": torch.equal(rng, torch.get_rng_state()),
-        "start_exact": all(torch.equal(value, initial[name]) for name, value in state.full_weights(engine)),
-    }
-    root = folder / f"{precision}-{clip}-{accumulation}"
-    train(0, 10)
-    checkpoint.save(engine, root, 10, {"cursor": 7}, world)
-    train(10, STEPS)
-    trained = dict(state.full_weights(engine))
-    saved = checkpoint.newest_complete(root)
-    checkpoint.load(engine, saved, world)
-    train(10, STEPS)
-    again = dict(state.full_weights(engine))
-    result["resumed_exact"] = all(torch.equal(trained[name], again[name]) for name in trained)
-    result["cursor"] = saved.meta["cursor"]
-    result["files"] = sorted(path.name for path in saved.folder.iterdir())
-    reference = plain(initial, data, cfg, precision, clip)
-    result["error"] = max(((trained[name] - value).norm() / value.norm()).item() for name, value in reference.items())
-    poison = torch.full((MICRO, 24), float("nan") if world.rank == 0 else 1.0, device=world.device)
-    engine.backward(engine(poison).loss)
-    engine.step()
-    for _ in range(layout.accumulation - 1):
-        engine.backward(engine(data[0, 0, world.rank].to(world.device)).loss)
-        engine.step()
-    after = dict(state.full_weights(engine))
-    result["skipped"] = engine.skipped_steps
-    result["unchanged_by_nan"] = all(torch.equal(after[name], again[name]) for name in again)
+    def everything(self):
+        whole = {f"{part}/{name}": value.clone() for name, parts in self.parts() for part, value in parts.items()}
+        counters = {"step": state.optimizer_step(self.engine), "loss_scale": state.loss_scale(self.engine)}
+        return whole, counters
+
+    def parts(self):
+        return state.full_state(self.engine)
+
+    def weights(self):
+        return dict(state.full_weights(self.engine))
+
+
+def train(world, folder, case):
+    """Twenty steps, the last ten twice, then an update that must be refused."""
+    run = Case(world, config(*case))
+    root = folder / name_of(case)
+    result = {"start_exact": same(run.weights(), run.initial)}
+    run.train(0, SAVED)
+    checkpoint.save(run.engine, root, SAVED, {"cursor": 7}, world)
+    run.train(SAVED, STEPS)
+    first, counters = run.everything()
+    checkpoint.load(run.engine, checkpoint.newest_complete(root), world)
+    run.train(SAVED, STEPS)
+    again, counters_again = run.everything()
+    result["resumed_exact"] = same(first, again) and counters == counters_again
+    result["counters"] = counters
+    trained = run.weights()
+    if world.is_main:
+        save_file(trained, root / "final.safetensors")
+    result["error"] = distance(trained, plain(run.cfg, run.initial, world))
+    if case[1] != "fp16":
+        run.train(STEPS, STEPS + 1, poison=True)
+        result["refused"] = state.was_refused(run.engine)
+        result["unchanged_by_nan"] = same(run.everything()[0], again)
+    run.engine.destroy()
     return result
 
 
-def plain(initial, data, cfg, precision, clip):
+def move(world, folder, source, target):
+    """A checkpoint of one configuration read and continued in another one, at this world size."""
+    root = folder / name_of(source)
+    saved = checkpoint.open_checkpoint(root / checkpoint.checkpoint_name(SAVED))
+    run = Case(world, config(*target))
+    checkpoint.load(run.engine, saved, world)
+    found, counters = run.everything()
+    stored = {}
+    for name in saved.meta["files"]:
+        stored |= load_file(saved.folder / name)
+    result = {
+        "state_exact": same(found, stored) and counters["step"] == saved.meta["optimizer_step"],
+        "scale_exact": counters["loss_scale"] == saved.meta["loss_scale"] or source[1] != target[1],
+        "world": world.size,
+    }
+    run.train(SAVED, STEPS)
+    result["error"] = distance(run.weights(), load_file(root / "final.safetensors"))
+    run.engine.destroy()
+    return result
+
+
+def defaults(world, folder, case):
+    """The distance to plain AdamW where DeepSpeed's own choices of dtypes stand for gradients."""
+    ours = zero.deepspeed_config
+
+    def without_dtypes(*args):
+        values = ours(*args)
+        return {name: values[name] for name in values if name not in ("data_types", "communication_data_type")}
+
+    with mock.patch.object(zero, "deepspeed_config", without_dtypes):
+        run = Case(world, config(*case))
+    run.train(0, STEPS)
+    error = distance(run.weights(), plain(run.cfg, run.initial, world))
+    run.engine.destroy()
+    return {"error": error}
+
+
+def plain(cfg, initial, world):
     """The same run in a plain loop: fp32 masters, gradients of the model's precision summed in fp32."""
-    model = Small()
+    dtype = DTYPES[cfg.train.precision]
+    model = new_model(cfg).to(world.device)
     masters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in masters.items():
+            value.copy_(initial[name])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False) if dtype == torch.float16 else None
+    number = GLOBAL // MICRO
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg.peak_lr, WARMUP, STEPS)
-        batches = data[step].flatten(0, 1)
+        scale = scaler.cur_scale if scaler else 1.0
         sums = {name: torch.zeros_like(value) for name, value in masters.items()}
-        for batch in batches:
-            low = copy.deepcopy(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-            (low(batch).loss / len(data[step])).backward()
+        for micro in range(number):
+            low = copy.deepcopy(model).to(dtype)
+            spectrogram, ids = micro_batch(step, micro)
+            loss = low(spectrogram.to(world.device), sample_ids=ids.to(world.device)).loss
+            # A rank divides its loss by the accumulation; the mean over ranks comes after.
+            (loss * (scale * world.size / number)).backward()
             for name, parameter in low.named_parameters():
-                sums[name] += parameter.grad.float() / data.shape[2]
+                sums[name] += parameter.grad.float() / world.size / scale
+        overflow = not all(value.isfinite().all() for value in sums.values())
+        if scaler:
+            scaler.update_scale(overflow)
+        if overflow:
+            continue
         for name, parameter in masters.items():
             parameter.grad = sums[name]
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if cfg.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
         optimizer.step()
-    return {name: value.detach() for name, value in masters.items()}
+    return {name: value.detach().cpu() for name, value in masters.items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name].cpu(), right[name].cpu()) for name in left)
+
+
+def distance(found, expected):
+    """The largest relative distance of a parameter."""
+    return max(((found[name] - value).norm() / value.norm().clamp_min(1e-9)).item() for name, value in expected.items())
+
+
+@contextlib.contextmanager
+def fp16_on_cpu():
+    """torch computes fp16 on a CPU, slowly; what must hold of it can be tried there all the same."""
+    accelerator = get_accelerator()
+    with (
+        mock.patch.object(type(accelerator), "is_fp16_supported", lambda self: True),
+        mock.patch.object(zero, "check_precision", lambda *_: None),
+    ):
+        yield
 
 
 def main():
-    folder = Path(sys.argv[1])
+    folder, phase = Path(sys.argv[1]), sys.argv[2]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     world = join_world(2)
-    cases = [("fp32", None, 1), ("fp32", 0.1, 2), ("bf16", None, 2), ("bf16", 0.1, 1)]
-    results = {"/".join(map(str, args)): case(world, folder, *args) for args in cases}
+    work = json.loads((folder / f"{phase}-{world.size}.json").read_text())
+    with fp16_on_cpu() if world.device.type == "cpu" else contextlib.nullcontext():
+        results = [{"train": train, "move": move, "defaults": defaults}[phase](world, folder, *args) for args in work]
     if world.is_main:
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / f"{phase}-{world.size}-results.json").write_text(json.dumps(results))
     leave_world()
 
 
-main()
+if __name__ == "__main__":
+    main()

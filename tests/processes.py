@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -49,7 +50,9 @@ def run_ranks(command: Sequence[str], size: int, timeout: float = 180) -> list[s
     """Run all ranks to the end; their outputs. Fails with the output of a rank that fails."""
     processes = start_ranks(command, size)
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        # All at once: a rank whose full pipe nobody reads would hold up the others.
+        with ThreadPoolExecutor(size) as readers:
+            outputs = list(readers.map(lambda process: process.communicate(timeout=timeout)[0], processes))
     finally:
         for process in processes:
             process.kill()

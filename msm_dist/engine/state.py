@@ -107,11 +107,11 @@ def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     stage = engine.zero_optimization_stage()
     if stage == 3:
         optimizer = engine.optimizer
-        # As DeepSpeed does after an update: partitions, then the small parameters that every rank keeps whole.
+        # The small parameters that every rank keeps whole are gathered anew only after they were partitioned.
+        optimizer.checkpoint_event_prologue()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_epilogue()
     elif stage:
         engine.optimizer.update_lp_params()
 

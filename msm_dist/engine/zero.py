@@ -73,11 +73,7 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """`model` under DeepSpeed with AdamW; same parameters whatever the world size."""
-    if cfg.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "train.precision = fp16: needs a GPU, on a CPU its products are slow and DeepSpeed refuses them; take bf16 "
-            "or fp32"
-        )
+    check_precision(cfg.train.precision, device)
     values = deepspeed_config(cfg, layout)
     stage = values["zero_optimization"]["stage"]
     prepare_blocks(model, cfg.engine.compile)
@@ -93,6 +89,14 @@ def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: tor
         # Diverged says it better, and on all ranks at once.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigError for fp16 without a GPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision = fp16: needs a GPU; on a CPU its products are slower than fp32's. Take bf16 or fp32"
+        )
 
 
 @explaining_compiler()

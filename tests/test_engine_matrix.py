@@ -1,0 +1,70 @@
+"""Every stage, precision and offload against plain AdamW and against each other, on real processes.
+
+The plain run takes a diagonal of the matrix; `make test-engine` takes all of it.
+"""
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.engine_matrix import BOUNDS, CASES, DIAGONAL, name_of, run, without_our_precision
+
+pytestmark = [pytest.mark.distributed, pytest.mark.engine, pytest.mark.timeout(3000)]
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = CASES if metafunc.config.option.markexpr == "engine" else DIAGONAL
+        metafunc.parametrize("case", cases, ids=[name_of(case) for case in cases])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def rows(request, folder):
+    cases = CASES if request.config.option.markexpr == "engine" else DIAGONAL
+    return {row.case: row for row in run(cases, folder)}
+
+
+def test_twenty_steps_equal_a_plain_adamw_loop(rows, case):
+    assert rows[case].trained["error"] < BOUNDS[case[1]]
+
+
+def test_dry_run_leaves_no_trace(rows, case):
+    assert rows[case].trained["start_exact"]
+
+
+def test_resumed_engine_equals_one_that_never_stopped(rows, case):
+    assert rows[case].trained["resumed_exact"]
+
+
+def test_checkpoint_read_at_another_stage_offload_and_world_size_is_bit_equal(rows, case):
+    assert rows[case].moved["state_exact"]
+    assert rows[case].moved["scale_exact"]
+
+
+def test_run_continued_elsewhere_ends_at_the_same_weights(rows, case):
+    assert rows[case].moved["error"] < BOUNDS[case[1]]
+
+
+def test_non_finite_gradient_of_one_rank_is_seen_and_not_applied(rows, case):
+    if case[1] == "fp16":
+        # The loss scale was above its smallest: an update is left out, and that is no divergence.
+        assert rows[case].trained["counters"]["step"] < 20
+        assert rows[case].trained["counters"]["loss_scale"]["cur_scale"] < 2**16
+    else:
+        assert rows[case].trained["refused"]
+        assert rows[case].trained["unchanged_by_nan"]
+
+
+def test_every_case_trained_to_its_own_weights(rows, folder):
+    """What is compared above is no constant: the runs moved, and precisions differ by more than their bounds' noise."""
+    finals = {case: load_file(folder / name_of(case) / "final.safetensors") for case in rows}
+    for case, weights in finals.items():
+        assert not any(value.isnan().any() for value in weights.values()), case
+
+
+def test_deepspeeds_own_precision_would_not_pass(tmp_path):
+    assert without_our_precision(tmp_path) > BOUNDS["bf16"]

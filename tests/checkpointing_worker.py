@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
@@ -58,8 +59,21 @@ def config(folder, world, stage, checkpointing):
     )
 
 
-def train(folder, world, stage, checkpointing):
-    """Losses of all micro-batches, the weights after them, and what ZeRO-3 has of the blocks after a forward."""
+def counting_gathers():
+    """A list that grows with every gather of ZeRO-3 by the size of what it gathers."""
+    gathered, gather = [], deepspeed.comm.allgather_fn
+
+    def counting(output, *rest, **options):
+        gathered.append(output.numel())
+        return gather(output, *rest, **options)
+
+    deepspeed.comm.allgather_fn = counting
+    return gathered
+
+
+def train(folder, world, stage, checkpointing, gathered):
+    """Losses of all micro-batches, the weights after them, and what ZeRO-3 did meanwhile."""
+    gathered.clear()
     cfg = config(folder, world, stage, checkpointing)
     model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, FRAMES, seed=5)
     engine = zero.build_engine(model, cfg, batch_layout(cfg, world.size), world.device)
@@ -76,17 +90,23 @@ def train(folder, world, stage, checkpointing):
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    weights = dict(state.full_weights(engine))
-    return losses, weights, {"whole": whole, "left_on_stack": len(FWD_MODULE_STACK) - nested}
+    facts = {
+        "whole": whole,  # numbers of the blocks' weights that this rank has between forward and backward
+        "left_on_stack": len(FWD_MODULE_STACK) - nested,
+        "gathers": len(gathered),
+        "gathered": sum(gathered),
+    }
+    return losses, dict(state.full_weights(engine)), facts
 
 
 def main():
     folder = Path(sys.argv[1])
     world = join_world(2)
+    gathered = counting_gathers()
     results = {}
     for stage in range(4):
-        losses, weights, facts = train(folder, world, stage, checkpointing=False)
-        thrifty_losses, thrifty_weights, thrifty_facts = train(folder, world, stage, checkpointing=True)
+        losses, weights, facts = train(folder, world, stage, False, gathered)
+        thrifty_losses, thrifty_weights, thrifty_facts = train(folder, world, stage, True, gathered)
         results[stage] = {
             "same_losses": losses == thrifty_losses,
             "different": [name for name in weights if not torch.equal(weights[name], thrifty_weights[name])],

@@ -126,3 +126,10 @@ def test_blocks_hold_no_whole_weights_between_forward_and_backward_at_stage_3(re
 def test_recomputing_leaves_deepspeeds_count_of_running_modules_as_it_was(results):
     # DeepSpeed pushes a module before its forward and pops it after; an aborted recomputation would not pop.
     assert results["3"]["thrifty"]["left_on_stack"] == results["3"]["plain"]["left_on_stack"]
+
+
+@pytest.mark.distributed
+def test_recomputing_gathers_no_weight_once_more(results):
+    thrifty, plain = results["3"]["thrifty"], results["3"]["plain"]
+    assert plain["gathers"] > 0
+    assert (thrifty["gathers"], thrifty["gathered"]) == (plain["gathers"], plain["gathered"])

@@ -1,0 +1,150 @@
+"""engine.compile: few graphs, the numbers of eager blocks, exact resume, and a clear word where it can't be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from msm_dist.config import Model
+from msm_dist.engine import compilation
+from msm_dist.errors import ConfigError
+from msm_dist.model.mae import MaskedSpectrogramModel
+from tests.corpus import write_corpus
+from tests.processes import run_ranks
+
+SMALL = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 2,
+    "decoder_num_heads": 1,
+}
+FRAMES = 48
+
+
+def build():
+    return MaskedSpectrogramModel(Model(**SMALL), 80, FRAMES, seed=5)
+
+
+def batch(clips):
+    spectrogram = torch.randn(clips, 1, 80, FRAMES, generator=torch.Generator().manual_seed(1))
+    return spectrogram, torch.tensor([[0, clip, 0] for clip in range(clips)])
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Blocks run as they were captured: all but the code that Inductor would write, in no time."""
+    monkeypatch.setattr(compilation, "COMPILER", {"backend": "aot_eager"})
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def test_encoder_and_decoder_blocks_are_a_graph_each(captured):
+    plain, model = build(), build()
+    compilation.prepare_blocks(model, compiled=True)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for _ in range(2):
+        expected, loss = plain(*batch(3)).loss, model(*batch(3)).loss
+        expected.backward()
+        loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, parameter), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_validation_compiles_nothing(captured):
+    model = build()
+    compilation.prepare_blocks(model, compiled=True)
+    model.eval()
+    with torch.no_grad():
+        for clips in (3, 2, 1):
+            model(*batch(clips))
+        model.encoder.features(batch(1)[0][..., :16])
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_model_without_blocks_can_not_be_compiled():
+    with pytest.raises(ConfigError, match="engine.compile = true: the model has no block"):
+        compilation.prepare_blocks(nn.Linear(2, 2), compiled=True)
+    compilation.prepare_blocks(nn.Linear(2, 2), compiled=False)
+
+
+@pytest.mark.distributed
+def test_a_run_without_a_compiler_says_so_in_one_line(tmp_path):
+    settings = [f"model.{name}={value}" for name, value in SMALL.items()]
+    settings += ["train.steps=1", "train.global_batch=4", "train.micro_batch=4", "train.precision=fp32"]
+    settings += [f"data.crop_frames={FRAMES}", "data.block=4", "data.shuffle_window=16", "data.num_workers=0"]
+    (tmp_path / "empty.yaml").write_text("")
+    run = subprocess.run(
+        [sys.executable, "-m", "msm_dist.pretrain", str(tmp_path / "empty.yaml"), f"run.dir={tmp_path}", *settings]
+        + [f"data.shards={write_corpus(tmp_path / 'shards', seed=0)}", "engine.compile=true"],
+        env=os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("msm-dist: ")]
+    assert len(said) == 1
+    assert "engine.compile = true: torch.compile failed (InvalidCxxCompiler" in said[0]
+    assert "set engine.compile=false" in said[0]
+
+
+def test_other_errors_are_not_taken_for_the_compilers():
+    with pytest.raises(RuntimeError, match="shapes"), compilation.explaining_compiler():
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ on a CPU")
+    folder = tmp_path_factory.mktemp("compile")
+    for phase in ("start", "resume"):
+        run_ranks(["-m", "tests.compile_worker", str(folder), phase], size=2, timeout=500)
+    return {phase: json.loads((folder / f"{phase}.json").read_text()) for phase in ("start", "resume")}
+
+
+STAGES = pytest.mark.parametrize("stage", ["1", "3"])
+
+
+@pytest.mark.distributed
+@STAGES
+def test_compiled_blocks_train_as_eager_ones_within_rounding(results, stage):
+    found = results["start"][stage]
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
+    assert found["compiled"][-1] < found["compiled"][0]
+    assert not found["renamed"]
+
+
+@pytest.mark.distributed
+@STAGES
+def test_all_blocks_are_one_graph_under_deepspeed(results, stage):
+    assert results["start"][stage]["graphs"] == 1
+
+
+@pytest.mark.distributed
+@STAGES
+def test_checkpointing_around_compiled_blocks_changes_no_bit(results, stage):
+    found = results["start"][stage]
+    assert found["thrifty"] == found["compiled"]
+    assert found["thrifty_weights"] == found["weights"]
+
+
+@pytest.mark.distributed
+@STAGES
+def test_compiled_run_resumes_to_the_same_bits(results, stage):
+    found, again = results["start"][stage], results["resume"][stage]
+    assert again["compiled"] == found["compiled"][-len(again["compiled"]) :]
+    assert again["weights"] == found["weights"]

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -190,12 +191,14 @@ def log_training(
     clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
     rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
     rate = rates["clips_per_second"] / world.size
+    scale = state.loss_scale(run.engine)
     values = {
         "loss": loss_sum / world.size,
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         **rates,
         **({"mfu": flops_per_clip(cfg, masking) * rate / run.matrix_rate} if run.is_configured else {}),
+        **({"loss_scale": scale["cur_scale"]} if scale else {}),
         "device_memory_gib": monitor.device_memory_gib(world.device),
         "bad_clips": bad_samples / cfg.data.crops_per_clip,
         "missing_clips": missing_samples / cfg.data.crops_per_clip,
@@ -278,10 +281,9 @@ def finish(run: Training) -> None:
     cfg, folder = run.cfg, run.cfg.run.folder
     weights = dict(state.full_weights(run.engine))
     origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
-    # Which kernels trained them is no property of the weights.
-    info = WeightsInfo(
-        cfg.model.model_copy(update={"backend": "auto"}), run.corpus.features, cfg.data.crop_frames, origin
-    )
+    # How they were trained is no property of the weights.
+    model = cfg.model.model_copy(update={"backend": "auto", "activation_checkpointing": False})
+    info = WeightsInfo(model, run.corpus.features, cfg.data.crop_frames, origin)
     exported = run.world.on_main(lambda: save_weights(folder / "export", weights, info))
     if run.world.is_main:
         print(summary(cfg, run.step, exported), flush=True)
@@ -312,10 +314,13 @@ def build(
     shape = (cfg.train.micro_batch, 1, cfg.features.n_mels, cfg.data.crop_frames)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     sample_ids = torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64)
+    start = time.monotonic()
     with fitting_memory(world.device, cfg.train.micro_batch):
         engine = build_engine(model, cfg, layout, world.device)
         with extension.held_to_contract(model, cfg, world.device, build_model):
             dry_run(engine, noise.to(world.device), sample_ids.to(world.device))
+    if cfg.engine.compile:
+        notes.append(f"engine.compile: engine and first step took {time.monotonic() - start:.1f} s")
     if saved:
         checkpoint.load(engine, saved, world)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from msm_dist.config import Model
 from msm_dist.engine import compilation
 from msm_dist.errors import ConfigError
 from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.weights import load
 from tests.corpus import write_corpus
 from tests.processes import run_ranks
 
@@ -79,26 +81,47 @@ def test_a_model_without_blocks_can_not_be_compiled():
     compilation.prepare_blocks(nn.Linear(2, 2), compiled=False)
 
 
-@pytest.mark.distributed
-def test_a_run_without_a_compiler_says_so_in_one_line(tmp_path):
-    settings = [f"model.{name}={value}" for name, value in SMALL.items()]
-    settings += ["train.steps=1", "train.global_batch=4", "train.micro_batch=4", "train.precision=fp32"]
-    settings += [f"data.crop_frames={FRAMES}", "data.block=4", "data.shuffle_window=16", "data.num_workers=0"]
-    (tmp_path / "empty.yaml").write_text("")
-    run = subprocess.run(
-        [sys.executable, "-m", "msm_dist.pretrain", str(tmp_path / "empty.yaml"), f"run.dir={tmp_path}", *settings]
-        + [f"data.shards={write_corpus(tmp_path / 'shards', seed=0)}", "engine.compile=true"],
-        env=os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+def pretrain(folder, *settings, code="", **environment):
+    """A small run in its own process, `code` first."""
+    (folder / "empty.yaml").write_text("")
+    words = [str(folder / "empty.yaml"), f"run.dir={folder}", f"data.shards={write_corpus(folder / 'shards', seed=0)}"]
+    words += [f"model.{name}={value}" for name, value in SMALL.items()]
+    words += ["train.steps=2", "train.global_batch=4", "train.micro_batch=4", "train.precision=fp32"]
+    words += [f"data.crop_frames={FRAMES}", "data.block=4", "data.shuffle_window=16", "data.num_workers=0", *settings]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys, msm_dist.pretrain as run\nsys.exit(run.main(sys.argv[1:]))",
+            *words,
+        ],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=180,
     )
+
+
+@pytest.mark.distributed
+def test_a_run_without_a_compiler_says_so_in_one_line(tmp_path):
+    cache = str(tmp_path / "cache")
+    run = pretrain(tmp_path, "engine.compile=true", CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=cache)
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     said = [line for line in run.stderr.splitlines() if line.startswith("msm-dist: ")]
     assert len(said) == 1
     assert "engine.compile = true: torch.compile failed (InvalidCxxCompiler" in said[0]
     assert "set engine.compile=false" in said[0]
+
+
+@pytest.mark.distributed
+def test_a_compiled_run_says_what_its_start_took_and_exports_plain_weights(tmp_path):
+    code = 'from msm_dist.engine import compilation\ncompilation.COMPILER = {"backend": "aot_eager"}'
+    run = pretrain(tmp_path, "engine.compile=true", "model.activation_checkpointing=true", code=code)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^note +engine.compile: engine and first step took \d+\.\d s$", run.stdout, re.MULTILINE)
+    _, info = load(tmp_path / "run" / "export")
+    assert not info.model.activation_checkpointing
 
 
 def test_other_errors_are_not_taken_for_the_compilers():

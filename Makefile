@@ -42,7 +42,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-aot test-engine test-gpu bench tune gpu-session lint doctor clean
+.PHONY: help setup pretrain test test-aot test-engine test-gpu bench tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -102,6 +102,9 @@ tune: ready ## measure launch configurations on this GPU and write kernels/confi
 
 gpu-session: $(if $(filter 0,$(VENV)),,ready) ## test-gpu, bench and a short training run in under 8 minutes, logged in OUT=folder
 	@PYTHON=$(PY) benchmarks/gpu_session.sh  # with VENV=0 it checks packages itself, after WHEELS are unpacked
+
+gpu-reference: ready ## the reference run on one GPU: 2,000 steps of base on made-up audio, kept under docs/reference
+	@$(PY) -m benchmarks.reference_run
 
 # One variant of each kernel for every GPU: make test-aot PYTEST_ARGS="-k one_variant"
 test-aot: ready ## compile every variant of every kernel for four GPUs; needs none of them, takes long

@@ -477,15 +477,25 @@ def _engine_conflicts(cfg: Config) -> Iterable[str]:
             )
     if engine.deepspeed:
         return
-    if engine.zero_stage == 0 and cfg.train.precision != "fp32":
+    yield from stage_conflicts(engine.zero_stage, engine.offload, cfg.train.precision)
+
+
+def stage_conflicts(stage: int, offload: str, precision: str) -> Iterable[str]:
+    """What DeepSpeed can't do, or would do wrongly."""
+    if stage == 0 and precision != "fp32":
         yield (
-            f"engine.zero_stage = 0: with train.precision = {cfg.train.precision} there are no fp32 masters at stage "
-            "0; take stage 1, or train.precision=fp32"
+            f"engine.zero_stage = 0: with train.precision = {precision} there are no fp32 masters at stage 0; take "
+            "stage 1, or train.precision=fp32"
         )
-    if engine.offload == "optimizer" and engine.zero_stage == 0:
+    if offload == "optimizer" and stage == 0:
         yield "engine.offload = optimizer: needs engine.zero_stage 1, 2 or 3"
-    if engine.offload == "parameters" and engine.zero_stage != 3:
-        yield f"engine.offload = parameters: needs engine.zero_stage 3, not {engine.zero_stage}"
+    if offload == "optimizer" and stage in (1, 2) and precision == "fp16":
+        yield (
+            f"engine.offload = optimizer: with train.precision = fp16 at stage {stage} DeepSpeed never gets over the "
+            "first overflow; take engine.zero_stage=3, or bf16"
+        )
+    if offload == "parameters" and stage != 3:
+        yield f"engine.offload = parameters: needs engine.zero_stage 3, not {stage}"
 
 
 def _exclusive(part: BaseModel, section: str, one: str, other: str, required: bool = False) -> Iterable[str]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.processes import HERE, run_ranks
+from msm_dist.config import MODEL_SIZES, stage_conflicts
+from tests.processes import run_ranks
 
 Case = tuple[int, str, str]
 
@@ -22,7 +23,7 @@ CASES: tuple[Case, ...] = tuple(
     for precision in ("fp32", "bf16", "fp16")
     for stage in OFFLOADS
     for offload in OFFLOADS[stage]
-    if stage or precision == "fp32"
+    if not list(stage_conflicts(stage, offload, precision))
 )
 DIAGONAL: tuple[Case, ...] = (
     (0, "fp32", "none"),
@@ -62,6 +63,17 @@ def without_our_precision(folder: Path) -> float:
     return _phase(folder, "defaults", 2, [[(1, "bf16", "none")]])[0]["error"]
 
 
+def as_deep_as_giant(folder: Path) -> dict[str, Any]:
+    """Five steps at stage 3 of a narrow model with the depths of model.size = giant."""
+    giant = MODEL_SIZES["giant"]
+    return _phase(folder, "deep", 2, [[giant.depth, giant.decoder_depth]])[0]
+
+
+def on_one_process(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
+    """What `run` trains, on one process: all there is to try on one GPU."""
+    return _phase(folder, "train", 1, [[case] for case in cases])
+
+
 def name_of(case: Case) -> str:
     """Of a case's folder of checkpoints."""
     return "-".join(map(str, case))
@@ -86,17 +98,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _elsewhere(case: Case, cases: Sequence[Case]) -> Case:
-    """The next case of the same precision with another stage, else any other one of CASES."""
+    """The next case of the same precision at another stage, with another offload where there is one."""
     start = cases.index(case)
-    candidates = [*cases[start + 1 :], *cases[:start], *CASES]
-    return next(other for other in candidates if other[1] == case[1] and other[0] != case[0])
+    candidates = [other for other in (*cases[start + 1 :], *cases[:start], *CASES) if other[1] == case[1]]
+    candidates = [other for other in candidates if other[0] != case[0]]
+    return next((other for other in candidates if other[2] != case[2]), candidates[0])
 
 
 def _phase(folder: Path, phase: str, size: int, work: Sequence[Any]) -> list[dict[str, Any]]:
     if not work:
         return []
     (folder / f"{phase}-{size}.json").write_text(json.dumps(work))
-    run_ranks([str(HERE / "engine_worker.py"), str(folder), phase], size, timeout=1200)
+    run_ranks(["-m", "tests.engine_worker", str(folder), phase], size, timeout=1200)
     return json.loads((folder / f"{phase}-{size}-results.json").read_text())
 
 

@@ -1,7 +1,7 @@
 """One rank of tests/engine_matrix.py: a narrow model under DeepSpeed at every stage, precision and offload.
 
-Arguments: a folder and a phase: `train`, `move` or `defaults`. The arguments of each call of it are read there from
-<phase>-<world size>.json, and rank 0 leaves <phase>-<world size>-results.json.
+Arguments: a folder and a phase: `train`, `move`, `defaults` or `deep`. The arguments of each call of it are read from
+<phase>-<world size>.json there, and rank 0 leaves <phase>-<world size>-results.json.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from msm_dist.engine.world import join_world, leave_world
 from msm_dist.model.mae import MaskedSpectrogramModel
 from tests.engine_matrix import name_of
 
-STEPS, SAVED, WARMUP, MICRO, GLOBAL = 20, 10, 3, 4, 24
+STEPS, SAVED, DEEP_STEPS, WARMUP, MICRO, GLOBAL = 20, 10, 5, 3, 4, 24
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def config(stage, precision, offload, clip=0.5, depth=2):
+def config(stage, precision, offload, depth=2, decoder_depth=1, checkpointing=False):
     """Few of this model's parameters are divided by 2 or by 3 ranks without a rest."""
     return parse_config(
         {
@@ -39,12 +39,13 @@ def config(stage, precision, offload, clip=0.5, depth=2):
                 "depth": depth,
                 "num_heads": 2,
                 "decoder_embed_dim": 12,
-                "decoder_depth": 1,
+                "decoder_depth": decoder_depth,
                 "decoder_num_heads": 1,
                 "patch_size": "5x3",
+                "activation_checkpointing": checkpointing,
             },
             "train": {"steps": STEPS, "global_batch": GLOBAL, "micro_batch": MICRO, "precision": precision},
-            "optim": {"lr": 1e-2, "clip_norm": clip},
+            "optim": {"lr": 1e-2, "clip_norm": 0.5},
             "engine": {"zero_stage": stage, "offload": offload},
         },
         "test",
@@ -76,8 +77,11 @@ class Case:
         state.reset(self.engine, self.initial)
 
     def train(self, start, stop, poison=False):
+        """Train to `stop`; the mean loss of this rank's micro-batches of each step."""
+        losses = []
         for step in range(start, stop):
             zero.set_lr(self.engine, lr_at(step, self.cfg.peak_lr, WARMUP, STEPS))
+            losses.append(0.0)
             for micro in range(self.layout.accumulation):
                 spectrogram, ids = micro_batch(step, micro * self.world.size + self.world.rank)
                 if poison and self.world.is_main:
@@ -85,6 +89,8 @@ class Case:
                 loss = self.engine(spectrogram.to(self.world.device), sample_ids=ids.to(self.world.device)).loss
                 self.engine.backward(loss * (loss.detach() * 0 + 1))
                 self.engine.step()
+                losses[-1] += loss.item() / self.layout.accumulation
+        return losses
 
     def everything(self):
         whole = {f"{part}/{name}": value.clone() for name, parts in self.parts() for part, value in parts.items()}
@@ -161,7 +167,18 @@ def defaults(world, folder, case):
     return {"error": error}
 
 
-def plain(cfg, initial, world):
+def deep(world, folder, depth, decoder_depth):
+    """Five steps of a deep model at stage 3 with activation checkpointing: its losses, its distance to plain AdamW."""
+    run = Case(world, config(3, "bf16", "none", depth, decoder_depth, checkpointing=True))
+    whole = sum(value.numel() for value in run.initial.values())
+    held = sum(value.ds_tensor.numel() for value in run.engine.module.parameters())
+    losses = run.train(0, DEEP_STEPS)
+    error = distance(run.weights(), plain(run.cfg, run.initial, world, DEEP_STEPS))
+    run.engine.destroy()
+    return {"losses": losses, "error": error, "share": held / whole}
+
+
+def plain(cfg, initial, world, steps=STEPS):
     """The same run in a plain loop: fp32 masters, gradients of the model's precision summed in fp32."""
     dtype = DTYPES[cfg.train.precision]
     model = new_model(cfg).to(world.device)
@@ -172,7 +189,7 @@ def plain(cfg, initial, world):
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False) if dtype == torch.float16 else None
     number = GLOBAL // MICRO
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg.peak_lr, WARMUP, STEPS)
         scale = scaler.cur_scale if scaler else 1.0
@@ -218,13 +235,16 @@ def fp16_on_cpu():
         yield
 
 
+PHASES = {"train": train, "move": move, "defaults": defaults, "deep": deep}
+
+
 def main():
     folder, phase = Path(sys.argv[1]), sys.argv[2]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     world = join_world(2)
     work = json.loads((folder / f"{phase}-{world.size}.json").read_text())
     with fp16_on_cpu() if world.device.type == "cpu" else contextlib.nullcontext():
-        results = [{"train": train, "move": move, "defaults": defaults}[phase](world, folder, *args) for args in work]
+        results = [PHASES[phase](world, folder, *args) for args in work]
     if world.is_main:
         (folder / f"{phase}-{world.size}-results.json").write_text(json.dumps(results))
     leave_world()

@@ -76,9 +76,16 @@ def test_visible_patches_are_rounded_down(frames, ratio, keep):
         ({"engine": {"zero_stage": 1, "deepspeed": "x.json"}}, "give one of them"),
         ({"engine": {"offload": "optimizer", "deepspeed": "x.json"}}, "engine.offload = optimizer: give one of them"),
         ({"engine": {"zero_stage": 0}}, "engine.zero_stage = 0: with train.precision = bf16"),
-        ({"engine": {"zero_stage": 0, "offload": "optimizer"}}, "offload = optimizer: needs engine.zero_stage 1, 2 or 3"),
+        (
+            {"engine": {"zero_stage": 0, "offload": "optimizer"}},
+            "offload = optimizer: needs engine.zero_stage 1, 2 or 3",
+        ),
         ({"engine": {"zero_stage": 2, "offload": "parameters"}}, "offload = parameters: needs engine.zero_stage 3"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
+        (
+            {"engine": {"zero_stage": 2, "offload": "optimizer"}, "train": {"steps": 1, "precision": "fp16"}},
+            "fp16 at stage 2 DeepSpeed never gets over the first overflow",
+        ),
         ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
         ({"optim": {"betas": [0.9, 1.5]}}, "optim.betas.1 = 1.5: input should be less than 1"),
         ({"optim": {"lr": float("inf")}}, "optim.lr = inf: input should be a finite number"),

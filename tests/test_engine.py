@@ -80,6 +80,7 @@ def test_deepspeed_does_not_wait_for_the_device_to_time_it():
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: not ours"),
         ('{"zero_optimization": {"stage": 4}}', "stage = 4"),
         ('{"zero_optimization": {"stage": 0}}', "no fp32 masters at stage 0"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "parameters: needs .* 3, not 2"),
         ("{}", "stage = None"),
         ('{"zero_optimization": 5}', "stage = None"),
         ("[1]", "JSON object"),

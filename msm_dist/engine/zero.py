@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from msm_dist.config import BatchLayout, Config, flat_items
+from msm_dist.config import BatchLayout, Config, flat_items, stage_conflicts
 from msm_dist.engine.compilation import explaining_compiler, prepare_blocks
 from msm_dist.engine.optim import build_optimizer
 from msm_dist.engine.state import link_optimizer_state, was_refused
@@ -36,11 +36,8 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 0, 1, 2 or 3")
-    if stage == 0 and cfg.train.precision != "fp32":
-        raise ConfigError(
-            f"{path}: zero_optimization.stage = 0: with train.precision = {cfg.train.precision} there are no fp32 "
-            "masters at stage 0; take stage 1, or train.precision=fp32"
-        )
+    if faults := list(stage_conflicts(stage, _offload(zero), cfg.train.precision)):
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     owned = {
         "train_batch_size": cfg.train.global_batch,
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
@@ -154,6 +151,14 @@ def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer,
                 parameter.grad = None  # torch's AdamW passes over it, decay and all
 
     return before_step
+
+
+def _offload(zero: dict[str, Any]) -> str:
+    """What a DeepSpeed file moves to host memory or disk, in the words of engine.offload."""
+    for part, word in (("offload_param", "parameters"), ("offload_optimizer", "optimizer")):
+        if isinstance(zero.get(part), dict) and zero[part].get("device", "none") != "none":
+            return word
+    return "none"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

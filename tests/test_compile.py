@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from msm_dist.config import Model
+from benchmarks import compile as benchmark
+from benchmarks import step
+from benchmarks.measure import Budget
+from msm_dist.config import Model, parse_config
 from msm_dist.engine import compilation
 from msm_dist.errors import ConfigError
 from msm_dist.model.mae import MaskedSpectrogramModel
@@ -122,6 +125,44 @@ def test_a_compiled_run_says_what_its_start_took_and_exports_plain_weights(tmp_p
     assert re.search(r"^note +engine.compile: engine and first step took \d+\.\d s$", run.stdout, re.MULTILINE)
     _, info = load(tmp_path / "run" / "export")
     assert not info.model.activation_checkpointing
+
+
+def small_config():
+    train = {"steps": 1, "global_batch": 8, "micro_batch": 8}
+    return parse_config({"model": SMALL, "data": {"crop_frames": FRAMES}, "train": train}, "test")
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """The benchmark with small blocks as they were captured, and plain AdamW in the place of DeepSpeed."""
+    monkeypatch.setattr(benchmark, "COMPILERS", {benchmark.EAGER: None, "captured": {"backend": "aot_eager"}})
+    monkeypatch.setattr(step, "config", lambda size, frames: small_config())
+    monkeypatch.setattr(benchmark, "MICRO_BATCHES", (2,))
+    for name, value in (("has_deepspeed", lambda: False), ("TURN_SECONDS", 0.01), ("CHECK_CLIPS", 2)):
+        monkeypatch.setattr(step, name, value)
+    for name, value in (("memory_allocated", 0), ("max_memory_allocated", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+
+
+def test_benchmark_measures_every_variant_in_model_and_engine(on_a_cpu, tmp_path, capsys):
+    assert benchmark.compare(Budget(5), tmp_path, torch.device("cpu")) == 0
+    content = json.loads(next(tmp_path.iterdir()).read_text())
+    found = [(row["subject"], row["blocks"]) for row in content["rows"]]
+    assert found == [(subject, name) for subject in ("model", "engine") for name in benchmark.COMPILERS]
+    assert all(row["first_step_s"] > 0 and row["ms"] > 0 for row in content["rows"])
+    assert "times faster" in capsys.readouterr().out
+
+
+def test_benchmark_refuses_to_time_what_is_wrong(on_a_cpu, tmp_path, capsys, monkeypatch):
+    def doubling(graph, inputs):
+        return lambda *values: [2 * value for value in graph(*values)]
+
+    monkeypatch.setattr(benchmark, "COMPILERS", {benchmark.EAGER: None, "doubling": {"backend": doubling}})
+    assert benchmark.compare(Budget(5), tmp_path, torch.device("cpu")) == 1
+    assert "WRONG: doubling: loss" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_errors_are_not_taken_for_the_compilers():

@@ -20,7 +20,7 @@ from msm_dist.model.transformer import Block
 from tests.checkpointing_worker import RELEASED_AT_ONCE
 
 STEPS, SAVED, MICRO, TOKENS, WIDTH = 8, 4, 4, 7, 32
-STAGES = (1, 3)
+PRECISIONS = {1: "fp32", 3: "bf16"}  # by ZeRO stage
 
 
 class Loss(tuple):
@@ -41,7 +41,8 @@ class Blocks(nn.Module):
             nn.init.normal_(parameter, std=0.2, generator=generator)
 
     def forward(self, x, sample_ids=None):
-        return Loss([(self.blocks(self.embed(x)) - x).square().mean()])
+        prediction = self.blocks(self.embed(x.to(self.embed.weight.dtype)))
+        return Loss([(prediction.float() - x).square().mean()])
 
 
 def build(folder, world, stage, compiled, checkpointing=False):
@@ -51,7 +52,12 @@ def build(folder, world, stage, compiled, checkpointing=False):
     cfg = parse_config(
         {
             "data": {"block": MICRO},
-            "train": {"steps": STEPS, "global_batch": MICRO * world.size, "micro_batch": MICRO, "precision": "fp32"},
+            "train": {
+                "steps": STEPS,
+                "global_batch": MICRO * world.size,
+                "micro_batch": MICRO,
+                "precision": PRECISIONS[stage],
+            },
             "engine": {"deepspeed": str(path), "compile": compiled},
         },
         "test",
@@ -119,7 +125,7 @@ def resumed(folder, world, stage):
 def main(folder, phase):
     world = join_world(5)
     act = {"start": started, "resume": resumed}[phase]
-    results = {stage: act(folder, world, stage) for stage in STAGES}
+    results = {stage: act(folder, world, stage) for stage in PRECISIONS}
     if world.is_main:
         (folder / f"{phase}.json").write_text(json.dumps(results))
     leave_world()

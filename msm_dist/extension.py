@@ -105,17 +105,12 @@ def record_builder(folder: Path, build_model: BuildModel) -> None:
         (folder / RECORD).unlink(missing_ok=True)
 
 
-def builder_notes(build_model: BuildModel, is_configured: bool) -> list[str]:
-    """What the start of a run says of a model that is not the configuration's."""
+def describe(build_model: BuildModel, cfg: Config, num_parameters: int) -> str:
+    """The model in a line, as a run announces it."""
+    size = f"{num_parameters / 1e6:.2f} M parameters"
     if build_model is configured_model:
-        return []
-    notes = [f"model from {_name(build_model)}: how it masks and what it predicts is its own, whatever model.* says"]
-    if not is_configured:
-        notes.append(
-            "its parameters are not those that model.* describes: mfu is left out, and the export, which has them by "
-            "name, is not for Encoder.load"
-        )
-    return notes
+        return f"{size}, {cfg.num_keep} of {cfg.num_patches} patches visible"
+    return f"{size}, from {_name(build_model)}: how it masks and what it predicts is its own, whatever model.* says"
 
 
 def _check_output(output: Any, cfg: Config) -> None:

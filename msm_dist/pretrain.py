@@ -307,7 +307,9 @@ def build(
         world.together(lambda: check_digests(corpus.index, world.rank, world.size), DataError)
     model = extension.build_seeded(build_model, cfg)
     is_configured = extension.has_configured_parameters(model, cfg)
-    notes = [*extension.builder_notes(build_model, is_configured), *([change] if change else [])]
+    notes = [change] if change else []
+    if not is_configured:
+        notes.append("no mfu, and no Encoder.load of the export: the parameters are not those that model.* describes")
     initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
     reads_initial = saved is None and cfg.train.init_from is not None
     report = load_initial(cfg, corpus.features, initial, world) if reads_initial else None
@@ -339,8 +341,10 @@ def build(
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     if world.is_main:
         num_parameters = sum(value.numel() for value in initial.values())  # ZeRO 3 has emptied the model's own
-        lines = [announcement(cfg, world, corpus, num_parameters, saved), *(f"note       {note}" for note in notes)]
-        print("\n".join([*lines, *([report.text()] if report else [])]), flush=True)
+        model_line = extension.describe(build_model, cfg, num_parameters)
+        print(announcement(cfg, world, corpus, model_line, saved, notes), flush=True)
+        if report:
+            print(report.text(), flush=True)
     return Training(
         cfg,
         world,

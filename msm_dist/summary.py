@@ -1,5 +1,6 @@
 """What a run says of itself on the console: at its start what it is, at its end what came out and where it is."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,18 +15,20 @@ from msm_kernels.attention import sdpa_note
 from msm_kernels.backend import describe, resolve
 
 
-def announcement(cfg: Config, world: World, corpus: Corpus, num_parameters: int, saved: Saved | None) -> str:
+def announcement(
+    cfg: Config, world: World, corpus: Corpus, model: str, saved: Saved | None, notes: Sequence[str]
+) -> str:
     """What is about to run, and from where."""
     lines = [
         f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
         f"to step {corpus.total_steps}",
         f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, "
         f"ZeRO {cfg.engine.zero_stage}, {describe(cfg.model.backend, world.device)}",
-        f"model      {num_parameters / 1e6:.2f} M parameters, {cfg.num_keep} of {cfg.num_patches} patches visible",
+        f"model      {model}",
         f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
     ]
-    lines += [f"note       {note}" for note in attention_notes(cfg, world.device)]
+    lines += [f"note       {note}" for note in (*attention_notes(cfg, world.device), *notes)]
     if corpus.missing:
         lines.append(f"missing    {len(corpus.missing)} of {len(corpus.index.shards)} shards; their slots are filled")
     if world.size == 1 and torch.cuda.device_count() > 1:

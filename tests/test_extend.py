@@ -122,8 +122,9 @@ def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("extend"))
     done = runs.run("undisturbed", runs.program)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "model from my_run.py:ColumnModel" in done.stdout
-    assert "mfu is left out" not in done.stdout
+    assert "M parameters, from my_run.py:ColumnModel" in done.stdout
+    assert "patches visible" not in done.stdout
+    assert "no mfu" not in done.stdout
     return runs
 
 
@@ -185,6 +186,21 @@ def test_run_of_a_model_from_outside_is_not_continued_with_the_configurations(ru
     assert "comes from my_run.py:ColumnModel, this one's comes from the configuration" in done.stderr
     assert "run.name=" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+def test_run_of_a_model_that_draws_from_torchs_generator_does_not_start(runs):
+    careless = runs.folder / "careless.py"
+    careless.write_text(
+        program().replace(
+            "        target = smooth", "        nn.functional.dropout(prediction)\n        target = smooth"
+        )
+    )
+    done = runs.run("careless", careless)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the model changes torch's random generator in a training step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (runs.folder / "careless" / "config.yaml").exists()
 
 
 def test_pages_mask_hides_whole_columns_as_a_function_of_seed_and_sample(columns):
@@ -305,10 +321,11 @@ def test_builder_that_draws_from_torchs_generator_gives_the_seeds_weights():
         return nn.Linear(4, 4)
 
     torch.manual_seed(11)
-    first = extension.build_seeded(build, tiny())
     state = torch.get_rng_state()
-    again = extension.build_seeded(build, tiny())
+    first = extension.build_seeded(build, tiny())
     assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(12)
+    again = extension.build_seeded(build, tiny())
     assert torch.equal(first.weight, again.weight)
     assert not torch.equal(first.weight, extension.build_seeded(build, tiny(seed=1)).weight)
     with pytest.raises(ConfigError, match="must return an nn.Module"):

@@ -32,11 +32,12 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="What to plan for: h200, h100 or a100.")] = "h200",
 ) -> None:
-    """Check a run without starting it: batch layout, parameters, learning rate, steps per epoch."""
+    """Check a run without starting it: layout, rates, and predicted memory, communication and time by ZeRO stage."""
     from msm_dist.planning import describe
 
-    print(describe(config, overrides or [], world))
+    print(describe(config, overrides or [], world, device))
 
 
 @app.command()

@@ -64,7 +64,7 @@ def without_our_precision(folder: Path) -> float:
 
 
 def as_deep_as_giant(folder: Path) -> dict[str, Any]:
-    """Five steps at stage 3 of a narrow model with the depths of model.size = giant."""
+    """Ten steps at stage 3 of a narrow model with the depths of model.size = giant."""
     giant = MODEL_SIZES["giant"]
     return _phase(folder, "deep", 2, [[giant.depth, giant.decoder_depth]])[0]
 

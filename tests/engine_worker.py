@@ -24,7 +24,7 @@ from msm_dist.engine.world import join_world, leave_world
 from msm_dist.model.mae import MaskedSpectrogramModel
 from tests.engine_matrix import name_of
 
-STEPS, SAVED, DEEP_STEPS, WARMUP, MICRO, GLOBAL = 20, 10, 5, 3, 4, 24
+STEPS, SAVED, DEEP_STEPS, WARMUP, MICRO, GLOBAL = 20, 10, 10, 3, 4, 24
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,15 +73,14 @@ class Case:
         self.initial = {name: value.detach().clone() for name, value in model.named_parameters()}
         self.engine = zero.build_engine(model, cfg, self.layout, world.device)
         spectrogram, ids = micro_batch(STEPS, 0)
+        rng = torch.get_rng_state()
         zero.dry_run(self.engine, spectrogram.to(world.device), ids.to(world.device))
         state.reset(self.engine, self.initial)
+        self.rng_untouched = torch.equal(rng, torch.get_rng_state())
 
     def train(self, start, stop, poison=False):
-        """Train to `stop`; the mean loss of this rank's micro-batches of each step."""
-        losses = []
         for step in range(start, stop):
             zero.set_lr(self.engine, lr_at(step, self.cfg.peak_lr, WARMUP, STEPS))
-            losses.append(0.0)
             for micro in range(self.layout.accumulation):
                 spectrogram, ids = micro_batch(step, micro * self.world.size + self.world.rank)
                 if poison and self.world.is_main:
@@ -89,8 +88,12 @@ class Case:
                 loss = self.engine(spectrogram.to(self.world.device), sample_ids=ids.to(self.world.device)).loss
                 self.engine.backward(loss * (loss.detach() * 0 + 1))
                 self.engine.step()
-                losses[-1] += loss.item() / self.layout.accumulation
-        return losses
+
+    def loss(self):
+        """Of this rank's share of the first step's clips, with the weights as they are."""
+        spectrogram, ids = micro_batch(0, self.world.rank)
+        with torch.no_grad():
+            return self.engine(spectrogram.to(self.world.device), sample_ids=ids.to(self.world.device)).loss.item()
 
     def everything(self):
         whole = {f"{part}/{name}": value.clone() for name, parts in self.parts() for part, value in parts.items()}
@@ -108,7 +111,7 @@ def train(world, folder, case):
     """Twenty steps, the last ten twice, then an update that must be refused."""
     run = Case(world, config(*case))
     root = folder / name_of(case)
-    result = {"start_exact": same(run.weights(), run.initial)}
+    result = {"rng_untouched": run.rng_untouched, "start_exact": same(run.weights(), run.initial)}
     run.train(0, SAVED)
     checkpoint.save(run.engine, root, SAVED, {"cursor": 7}, world)
     run.train(SAVED, STEPS)
@@ -168,11 +171,14 @@ def defaults(world, folder, case):
 
 
 def deep(world, folder, depth, decoder_depth):
-    """Five steps of a deep model at stage 3 with activation checkpointing: its losses, its distance to plain AdamW."""
+    """Ten steps of a deep model at stage 3 with activation checkpointing: its loss before and after, its
+    distance to plain AdamW."""
     run = Case(world, config(3, "bf16", "none", depth, decoder_depth, checkpointing=True))
     whole = sum(value.numel() for value in run.initial.values())
     held = sum(value.ds_tensor.numel() for value in run.engine.module.parameters())
-    losses = run.train(0, DEEP_STEPS)
+    losses = [run.loss()]
+    run.train(0, DEEP_STEPS)
+    losses.append(run.loss())
     error = distance(run.weights(), plain(run.cfg, run.initial, world, DEEP_STEPS))
     run.engine.destroy()
     return {"losses": losses, "error": error, "share": held / whole}

@@ -11,15 +11,11 @@ from tests.engine_matrix import (
     DIAGONAL,
     as_deep_as_giant,
     name_of,
-    on_one_process,
     run,
     without_our_precision,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.engine, pytest.mark.timeout(3000)]
-
-GPU_BOUNDS = BOUNDS | {"fp32": 1e-4}
-"""A GPU's products and fused AdamW sum in orders of their own."""
 
 
 def pytest_generate_tests(metafunc):
@@ -45,6 +41,7 @@ def test_twenty_steps_equal_a_plain_adamw_loop(rows, case):
 
 def test_dry_run_leaves_no_trace(rows, case):
     assert rows[case].trained["start_exact"]
+    assert rows[case].trained["rng_untouched"]
 
 
 def test_resumed_engine_equals_one_that_never_stopped(rows, case):
@@ -73,15 +70,9 @@ def test_non_finite_gradient_of_one_rank_is_seen_and_not_applied(rows, case):
 def test_narrow_model_of_giants_depth_trains_at_stage_3(tmp_path):
     result = as_deep_as_giant(tmp_path)
     assert result["share"] < 0.52  # a rank holds half of the weights, and a little padding
-    assert result["losses"][-1] < result["losses"][0]
+    before, after = result["losses"]
+    assert after < before
     assert result["error"] < BOUNDS["bf16"]
-
-
-@pytest.mark.gpu
-def test_one_gpu_trains_every_case_as_plain_adamw_does(tmp_path):
-    for case, result in zip(CASES, on_one_process(CASES, tmp_path), strict=True):
-        assert result["start_exact"] and result["resumed_exact"], case
-        assert result["error"] < GPU_BOUNDS[case[1]], case
 
 
 def test_deepspeeds_own_precision_would_not_pass(tmp_path):

@@ -5,6 +5,7 @@ Argument: a folder, where rank 0 leaves results.json.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -71,13 +72,28 @@ def counting_gathers():
     return gathered
 
 
+def held_in_views(run, parameters):
+    """What `run` gives, and the numbers of whole weights that views keep in memory until the backward."""
+    held = {}
+
+    def note(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        weights = {parameter.untyped_storage().data_ptr(): parameter for parameter in parameters if parameter.numel()}
+        if pointer in weights and not isinstance(tensor, torch.nn.Parameter):
+            held[id(weights[pointer])] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        return run(), sum(held.values())
+
+
 def train(folder, world, stage, checkpointing, gathered):
     """Losses of all micro-batches, the weights after them, and what ZeRO-3 did meanwhile."""
     gathered.clear()
     cfg = config(folder, world, stage, checkpointing)
     model = MaskedSpectrogramModel(cfg.model, cfg.features.n_mels, FRAMES, seed=5)
     engine = zero.build_engine(model, cfg, batch_layout(cfg, world.size), world.device)
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    parameters = [parameter for part in model.modules() if isinstance(part, Block) for parameter in part.parameters()]
     generator = torch.Generator().manual_seed(world.rank)
     losses, nested = [], len(FWD_MODULE_STACK)
     for step in range(STEPS):
@@ -85,8 +101,9 @@ def train(folder, world, stage, checkpointing, gathered):
         for micro in range(ACCUMULATION):
             spectrogram = torch.randn(MICRO, 1, cfg.features.n_mels, FRAMES, generator=generator)
             sample_ids = torch.tensor([[step, micro, clip] for clip in range(MICRO)])
-            loss = engine(spectrogram, sample_ids=sample_ids).loss
-            whole = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+            output, held = held_in_views(partial(engine, spectrogram, sample_ids=sample_ids), parameters)
+            loss = output.loss
+            whole = held + sum(parameter.numel() for parameter in parameters)
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from msm_kernels.attention import attention
@@ -40,9 +39,10 @@ class QueryKeyValue(nn.Module):
         self.key_bias = key_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.key_bias:
-            return linear(x, self.weight, self.bias)
-        return linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        bias = self.bias if self.key_bias else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        # Not imported by name: ZeRO-3 puts a function there that doesn't hold the whole weight until the backward. Of
+        # [B, N, D] that one rounds product and sum apart.
+        return nn.functional.linear(x.flatten(0, 1), self.weight, bias).unflatten(0, x.shape[:2])
 
 
 class Attention(nn.Module):

@@ -208,8 +208,7 @@ def test_checkpointing_around_compiled_blocks_changes_no_bit(results, stage):
 
 
 @pytest.mark.distributed
-@STAGES
-def test_compiled_run_resumes_to_the_same_bits(results, stage):
-    found, again = results["start"][stage], results["resume"][stage]
+def test_compiled_run_resumes_to_the_same_bits(results):
+    found, again = results["start"]["3"], results["resume"]["3"]
     assert again["compiled"] == found["compiled"][-len(again["compiled"]) :]
     assert again["weights"] == found["weights"]

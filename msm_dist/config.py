@@ -579,15 +579,16 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = (path.parent / parent).resolve()
     if base in seen or base == path.resolve():
         raise ConfigError(f"{path}: extends {parent}, which extends it in turn; break the circle")
-    return _merge(_read_yaml(base, (*seen, path.resolve())), values)
+    return merged(_read_yaml(base, (*seen, path.resolve())), values)
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings: those of `top` over those of `base`."""
+    result = dict(base)
     for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

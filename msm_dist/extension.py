@@ -138,7 +138,8 @@ def _unsaved_state(model: nn.Module, device: torch.device) -> Mapping[str, Tenso
     state = {f"the buffer {name}": value.clone() for name, value in model.named_buffers()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            state[f"the frozen {name}"] = parameter.detach().clone()
+            # At stage 3 the parameter itself comes and goes; this rank's part of it stays.
+            state[f"the frozen {name}"] = getattr(parameter, "ds_tensor", parameter).detach().clone()
     state[CPU_GENERATOR] = torch.get_rng_state()
     if device.type == "cuda":
         state[GPU_GENERATOR] = torch.cuda.get_rng_state(device)

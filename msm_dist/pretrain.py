@@ -9,6 +9,7 @@ yours takes the place of the configuration's through `build_model`, the one exte
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -191,11 +192,12 @@ def log_training(
     clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
     rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
     rate = rates["clips_per_second"] / world.size
-    scale = state.loss_scale(run.engine)
+    norm, scale = float(run.engine.get_global_grad_norm()), state.loss_scale(run.engine)
     values = {
         "loss": loss_sum / world.size,
         "lr": lr,
-        "grad_norm": float(run.engine.get_global_grad_norm()),
+        # Infinite where fp16 has left out the update.
+        **({"grad_norm": norm} if math.isfinite(norm) else {}),
         **rates,
         **({"mfu": flops_per_clip(cfg, masking) * rate / run.matrix_rate} if run.is_configured else {}),
         **({"loss_scale": scale["cur_scale"]} if scale else {}),
@@ -279,7 +281,8 @@ def save(run: Training, complete: bool = False) -> None:
 def finish(run: Training) -> None:
     """Export the weights and say what came out and where it is. A collective."""
     cfg, folder = run.cfg, run.cfg.run.folder
-    weights = dict(state.full_weights(run.engine))
+    # Every rank takes part; one keeps them.
+    weights = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
     origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
     # How they were trained is no property of the weights.
     model = cfg.model.model_copy(update={"backend": "auto", "activation_checkpointing": False})

@@ -135,7 +135,10 @@ class Validation:
         if self._references is None:
             totals = dict.fromkeys((*REFERENCES, "other_target", "other_loss"), 0.0)
             for spectrogram, sample_ids, num_clips in self._batches(REFERENCE_CLIPS):
-                errors = self._reference_errors(spectrogram, forward(spectrogram, sample_ids))
+                output = forward(spectrogram, sample_ids)
+                if not num_clips:
+                    continue
+                errors = self._reference_errors(spectrogram, output)
                 for name, error in errors.items():
                     totals[name] += error * num_clips
             means = dict(zip(totals, self._mean(list(totals.values())), strict=True))

@@ -69,6 +69,11 @@ def as_deep_as_giant(folder: Path) -> dict[str, Any]:
     return _phase(folder, "deep", 2, [[giant.depth, giant.decoder_depth]])[0]
 
 
+def unreadable_for_one(folder: Path) -> list[str]:
+    """What two ranks at stage 3 say of a checkpoint that only the first can open."""
+    return _phase(folder, "unreadable", 2, [[(3, "fp32", "none")]])[0]
+
+
 def on_one_process(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
     """What `run` trains, on one process: all there is to try on one GPU."""
     return _phase(folder, "train", 1, [[case] for case in cases])

@@ -1,6 +1,6 @@
 """One rank of tests/engine_matrix.py: a narrow model under DeepSpeed at every stage, precision and offload.
 
-Arguments: a folder and a phase: `train`, `move`, `defaults` or `deep`. The arguments of each call of it are read from
+Arguments: a folder and a phase: `train`, `move`, `defaults` ... The arguments of each call of it are read from
 <phase>-<world size>.json there, and rank 0 leaves <phase>-<world size>-results.json.
 """
 
@@ -21,6 +21,7 @@ from msm_dist.config import batch_layout, parse_config
 from msm_dist.engine import checkpoint, state, zero
 from msm_dist.engine.optim import lr_at, parameter_groups
 from msm_dist.engine.world import join_world, leave_world
+from msm_dist.errors import CheckpointError
 from msm_dist.model.mae import MaskedSpectrogramModel
 from tests.engine_matrix import name_of
 
@@ -28,7 +29,12 @@ STEPS, SAVED, DEEP_STEPS, WARMUP, MICRO, GLOBAL = 20, 10, 10, 3, 4, 24
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def config(stage, precision, offload, depth=2, decoder_depth=1, checkpointing=False):
+def clip_norm(stage, precision, offload):
+    """What a case is clipped to, also where its checkpoint is continued by another one."""
+    return None if offload == "none" and stage in (1, 3) else 0.5
+
+
+def config(stage, precision, offload, clip=0.5, depth=2, decoder_depth=1, checkpointing=False):
     """Few of this model's parameters are divided by 2 or by 3 ranks without a rest."""
     return parse_config(
         {
@@ -45,7 +51,7 @@ def config(stage, precision, offload, depth=2, decoder_depth=1, checkpointing=Fa
                 "activation_checkpointing": checkpointing,
             },
             "train": {"steps": STEPS, "global_batch": GLOBAL, "micro_batch": MICRO, "precision": precision},
-            "optim": {"lr": 1e-2, "clip_norm": 0.5},
+            "optim": {"lr": 1e-2, "clip_norm": clip},
             "engine": {"zero_stage": stage, "offload": offload},
         },
         "test",
@@ -109,13 +115,16 @@ class Case:
 
 def train(world, folder, case):
     """Twenty steps, the last ten twice, then an update that must be refused."""
-    run = Case(world, config(*case))
+    cfg = config(*case, clip_norm(*case))
+    run = Case(world, cfg)
     root = folder / name_of(case)
     result = {"rng_untouched": run.rng_untouched, "start_exact": same(run.weights(), run.initial)}
     run.train(0, SAVED)
     checkpoint.save(run.engine, root, SAVED, {"cursor": 7}, world)
     run.train(SAVED, STEPS)
     first, counters = run.everything()
+    run.engine.destroy()
+    run = Case(world, cfg)
     checkpoint.load(run.engine, checkpoint.newest_complete(root), world)
     run.train(SAVED, STEPS)
     again, counters_again = run.everything()
@@ -137,7 +146,7 @@ def move(world, folder, source, target):
     """A checkpoint of one configuration read and continued in another one, at this world size."""
     root = folder / name_of(source)
     saved = checkpoint.open_checkpoint(root / checkpoint.checkpoint_name(SAVED))
-    run = Case(world, config(*target))
+    run = Case(world, config(*target, clip_norm(*source)))
     checkpoint.load(run.engine, saved, world)
     found, counters = run.everything()
     stored = {}
@@ -163,7 +172,7 @@ def defaults(world, folder, case):
         return {name: values[name] for name in values if name not in ("data_types", "communication_data_type")}
 
     with mock.patch.object(zero, "deepspeed_config", without_dtypes):
-        run = Case(world, config(*case))
+        run = Case(world, config(*case, clip_norm(*case)))
     run.train(0, STEPS)
     error = distance(run.weights(), plain(run.cfg, run.initial, world))
     run.engine.destroy()
@@ -173,7 +182,7 @@ def defaults(world, folder, case):
 def deep(world, folder, depth, decoder_depth):
     """Ten steps of a deep model at stage 3 with activation checkpointing: its loss before and after, its
     distance to plain AdamW."""
-    run = Case(world, config(3, "bf16", "none", depth, decoder_depth, checkpointing=True))
+    run = Case(world, config(3, "bf16", "none", 0.5, depth, decoder_depth, checkpointing=True))
     whole = sum(value.numel() for value in run.initial.values())
     held = sum(value.ds_tensor.numel() for value in run.engine.module.parameters())
     losses = [run.loss()]
@@ -182,6 +191,22 @@ def deep(world, folder, depth, decoder_depth):
     error = distance(run.weights(), plain(run.cfg, run.initial, world, DEEP_STEPS))
     run.engine.destroy()
     return {"losses": losses, "error": error, "share": held / whole}
+
+
+def unreadable(world, folder, case):
+    """What each rank says when rank 1 can't open a checkpoint that the others can."""
+    run = Case(world, config(*case))
+    checkpoint.save(run.engine, folder / "unreadable", 1, {}, world)
+    saved = checkpoint.newest_complete(folder / "unreadable")
+    failing = mock.patch.object(checkpoint.safetensors, "safe_open", side_effect=OSError("stale file handle"))
+    with failing if world.rank == 1 else contextlib.nullcontext():
+        try:
+            checkpoint.load(run.engine, saved, world)
+            said = "nothing"
+        except CheckpointError as error:
+            said = str(error)
+    run.engine.destroy()
+    return world.gather(said)
 
 
 def plain(cfg, initial, world, steps=STEPS):
@@ -241,7 +266,7 @@ def fp16_on_cpu():
         yield
 
 
-PHASES = {"train": train, "move": move, "defaults": defaults, "deep": deep}
+PHASES = {"train": train, "move": move, "defaults": defaults, "deep": deep, "unreadable": unreadable}
 
 
 def main():

@@ -81,6 +81,10 @@ def test_deepspeed_does_not_wait_for_the_device_to_time_it():
         ('{"zero_optimization": {"stage": 4}}', "stage = 4"),
         ('{"zero_optimization": {"stage": 0}}', "no fp32 masters at stage 0"),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "parameters: needs .* 3, not 2"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "offload_param = .* device cpu"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "ratio = 0.5"),
+        ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', "cpu_offload = True: write offload_optimizer"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "compute_grad_norm = False contradicts"),
         ("{}", "stage = None"),
         ('{"zero_optimization": 5}', "stage = None"),
         ("[1]", "JSON object"),
@@ -110,6 +114,15 @@ def test_stage_and_offload_select_a_file_of_ours(engine, precision, stage, moved
     assert values["zero_optimization"]["stage"] == stage
     assert {name for name in values["zero_optimization"] if name.startswith("offload")} == moved
     assert values["fp16"]["enabled"] == (precision == "fp16")
+
+
+def test_what_the_run_does_not_decide_is_taken_from_an_own_file(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "fp16": {"initial_scale_power": 4}}')
+    cfg = config(engine={"deepspeed": str(path)}, train={"steps": 10, "precision": "fp16"})
+    values = deepspeed_config(cfg, batch_layout(cfg, 1))
+    assert values["fp16"] == {"enabled": True, "initial_scale_power": 4}
+    assert values["zero_optimization"] == {"stage": 2, "overlap_comm": True, "compute_grad_norm": True}
 
 
 def test_fp16_is_refused_on_a_cpu():

@@ -12,6 +12,7 @@ from tests.engine_matrix import (
     as_deep_as_giant,
     name_of,
     run,
+    unreadable_for_one,
     without_our_precision,
 )
 
@@ -73,6 +74,12 @@ def test_narrow_model_of_giants_depth_trains_at_stage_3(tmp_path):
     before, after = result["losses"]
     assert after < before
     assert result["error"] < BOUNDS["bf16"]
+
+
+def test_checkpoint_that_one_rank_can_not_open_is_an_error_of_all(tmp_path):
+    said = unreadable_for_one(tmp_path)
+    assert len(said) == 2
+    assert all("rank 1: " in text and "stale file handle" in text for text in said)
 
 
 def test_deepspeeds_own_precision_would_not_pass(tmp_path):

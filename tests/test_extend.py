@@ -372,3 +372,18 @@ def test_flops_follow_the_masks_own_number_of_visible_patches():
     attention = 4 * 32 * (33**2 - 9**2)
     expected = more * (2 * 256 * 32 + 24 * 32**2 + 2 * 32 * 16 - 2 * 16 * 256) + attention
     assert many - few == pytest.approx(3 * expected)
+
+
+def test_frozen_parameter_that_stage_3_gathers_has_not_changed():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.ds_tensor = parameter.detach().clone()  # this rank's part, as DeepSpeed keeps it
+        parameter.data = torch.empty(0)
+    before = extension._unsaved_state(model, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data = parameter.ds_tensor.clone()
+    after = extension._unsaved_state(model, torch.device("cpu"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.weight.ds_tensor.add_(1)
+    after = extension._unsaved_state(model, torch.device("cpu"))
+    assert not torch.equal(before["the frozen weight"], after["the frozen weight"])

@@ -1,5 +1,7 @@
 """Whole runs at other ZeRO stages than 1: continued from each other's checkpoints, diverging, exporting."""
 
+import signal
+
 import pytest
 from safetensors.torch import load_file
 
@@ -19,8 +21,11 @@ def runs(tmp_path_factory):
 
 
 def test_run_killed_at_one_stage_and_continued_at_others_trains_the_same(runs):
-    runs.run("mixed", *SHORT, "engine.zero_stage=3", "engine.offload=parameters", KILL="step:5")
-    runs.run("mixed", *SHORT, "engine.zero_stage=2", KILL="step:8")
+    codes, output = runs.run("mixed", *SHORT, "engine.zero_stage=3", "engine.offload=parameters", KILL="step:5")
+    assert codes[0] == -signal.SIGKILL, output
+    codes, output = runs.run("mixed", *SHORT, "engine.zero_stage=2", KILL="step:8")
+    assert codes[0] == -signal.SIGKILL, output
+    assert "continued from" in output
     codes, output = runs.run("mixed", *SHORT, "engine.zero_stage=0")
     assert codes == [0, 0], output
     assert "continued from" in output

@@ -5,10 +5,12 @@ import pytest
 from benchmarks import reference_run
 from msm_dist.compare import compare
 from msm_dist.config import load_config
+from msm_dist.data.plan import check_lanes, make_plan
 
 SMALL = [
     "model.size=tiny",
     "data.num_workers=0",
+    "data.crops_per_clip=4",
     "data.block=4",
     "train.steps=6",
     "optim.warmup_steps=1",
@@ -47,3 +49,6 @@ def test_configuration_is_the_papers_model_for_2000_steps():
     cfg, paper = load_config(reference_run.CONFIG), load_config(reference_run.CONFIG.with_name("base_audioset.yaml"))
     assert (cfg.model, cfg.train.steps, cfg.train.precision) == (paper.model, 2000, "bf16")
     assert (cfg.train.global_batch, cfg.data.crop_frames) == (paper.train.global_batch, 208)
+    data = cfg.data
+    plan = make_plan([reference_run.TRAIN_CLIPS], 0, None, data.block, data.shuffle_window, data.crops_per_clip)
+    check_lanes(plan, world_size=1, num_workers=data.num_workers)

@@ -113,7 +113,9 @@ def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
             _verify_file(saved.folder / name, saved.meta["files"][name])
 
     world.together(verify, CheckpointError)
+    # No collective in here: a rank that can't read must not leave the others waiting in one.
     world.together(lambda: _load_state(engine, saved), CheckpointError)
+    state.refresh_weights(engine)
 
 
 def newest_complete(root: Path) -> Saved | None:
@@ -204,7 +206,10 @@ def _load_state(engine: deepspeed.DeepSpeedEngine, saved: Saved) -> None:
         raise CheckpointError(f"{saved.folder}: {different[0]} is in only one of checkpoint and model")
 
     def read(part: str, name: str) -> torch.Tensor:
-        return where[f"{part}/{name}"].get_tensor(f"{part}/{name}")
+        try:
+            return where[f"{part}/{name}"].get_tensor(f"{part}/{name}")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{saved.folder}: {part} of {name} can't be read ({error})") from None
 
     for key, file in where.items():
         part, _, name = key.partition("/")

@@ -53,6 +53,6 @@ def explaining_compiler() -> Iterator[None]:
             raise
         reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
         raise ConfigError(
-            f"engine.compile = true: torch.compile failed ({reason}); it needs a working C++ compiler, g++ or the one "
-            "that CXX names: install one, or set engine.compile=false"
+            f"engine.compile = true: torch.compile failed ({reason}); on a CPU it needs a working C++ compiler, g++ or "
+            "the one that CXX names: install one, or set engine.compile=false"
         ) from None

@@ -41,7 +41,7 @@ def full_state(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, dict[st
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 master of every parameter, on the host; a collective."""
     for name, parameter in _trainable(engine):
-        yield name, _whole(engine, parameter, MASTER).to("cpu", torch.float32)
+        yield name, _whole(engine, parameter, MASTER).to("cpu", torch.float32, copy=True)
 
 
 def set_state(
@@ -50,19 +50,22 @@ def set_state(
     optimizer_step: float,
     loss_scale: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set every parameter's parts to `read(part, name)`, whole fp32 tensors, and the counters beside them."""
+    """Set every parameter's parts to `read(part, name)`, whole fp32 tensors, and the counters beside them.
+
+    No collective; `refresh_weights` must follow.
+    """
     for name, parameter in _trainable(engine):
         for part in PARTS:
             _assign(engine, parameter, part, read(part, name))
     for state in adam_states(engine):
         state["step"].fill_(optimizer_step)
     _set_loss_scale(engine, loss_scale)
-    refresh_weights(engine)
 
 
 def reset(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]) -> None:
-    """Set the engine to the state before its first update: these fp32 weights, empty moments."""
+    """Set the engine to the state before its first update: these fp32 weights, empty moments; a collective."""
     set_state(engine, lambda part, name: weights[name] if part == MASTER else torch.zeros_like(weights[name]), 0.0)
+    refresh_weights(engine)
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float:
@@ -85,7 +88,7 @@ def adam_states(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, Tensor]]:
 
 
 def was_refused(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Whether an update was left out for a non-finite gradient that no smaller loss scale would have made finite."""
+    """Whether an update was left out for a non-finite gradient; in fp16, whether the smallest loss scale is reached."""
     scaler = _loss_scaler(engine)
     if scaler is None:
         return engine.skipped_steps > 0

@@ -17,11 +17,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from msm_dist.config import BatchLayout, Config, flat_items, stage_conflicts
+from msm_dist.config import BatchLayout, Config, flat_items, merged, stage_conflicts
 from msm_dist.engine.compilation import explaining_compiler, prepare_blocks
 from msm_dist.engine.optim import build_optimizer
 from msm_dist.engine.state import link_optimizer_state, was_refused
 from msm_dist.errors import ConfigError
+
+OFFLOADS = {"offload_param": "parameters", "offload_optimizer": "optimizer"}
 
 
 def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 0, 1, 2 or 3")
-    if faults := list(stage_conflicts(stage, _offload(zero), cfg.train.precision)):
+    if faults := [*_unknown_offload(zero), *stage_conflicts(stage, _offload(zero), cfg.train.precision)]:
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     owned = {
         "train_batch_size": cfg.train.global_batch,
@@ -44,13 +46,16 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
         "gradient_accumulation_steps": layout.accumulation,
         # At stage 0 the optimiser's hook clips: it also needs the norm, which DeepSpeed throws away there.
         "gradient_clipping": (cfg.optim.clip_norm or 0.0) if stage else 0.0,
-        # A non-finite gradient is left out at every stage: at 2 and 3 DeepSpeed would apply it in bf16.
+        # A non-finite gradient is never applied: stages 1 and 2 can be told not to look.
         "bf16": {"enabled": cfg.train.precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": {"compute_grad_norm": True},
         "fp16": {"enabled": cfg.train.precision == "fp16"},
         # Gradients are summed in fp32 over micro-batches AND over ranks: DeepSpeed's defaults follow the
         # precision of the model in both.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # The optimiser is torch's AdamW wherever its state lies.
+        "zero_force_ds_cpu_optimizer": False,
         # It waits for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
@@ -65,7 +70,7 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     ]
     if contradictions or unused:
         raise ConfigError("\n".join(contradictions + unused))
-    return values | owned | {"steps_per_print": None}
+    return merged(values, owned) | {"steps_per_print": None}
 
 
 def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
@@ -109,6 +114,13 @@ def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample
         for _ in range(engine.gradient_accumulation_steps()):
             engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
             engine.step()
+    if was_refused(engine):
+        error = ConfigError(
+            "the model's loss or a gradient is not finite on made-up input: look at the model and at the weights it "
+            "starts from, or take train.precision=fp32"
+        )
+        error.on_all_ranks = True
+        raise error
     engine.skipped_steps = 0
     link_optimizer_state(engine)
 
@@ -154,11 +166,26 @@ def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer,
 
 
 def _offload(zero: dict[str, Any]) -> str:
-    """What a DeepSpeed file moves to host memory or disk, in the words of engine.offload."""
-    for part, word in (("offload_param", "parameters"), ("offload_optimizer", "optimizer")):
+    """What a DeepSpeed file moves to host memory, in the words of engine.offload."""
+    for part, word in OFFLOADS.items():
         if isinstance(zero.get(part), dict) and zero[part].get("device", "none") != "none":
             return word
     return "none"
+
+
+def _unknown_offload(zero: dict[str, Any]) -> Iterator[str]:
+    """Ways to offload that nobody has tried with this engine."""
+    for part in OFFLOADS:
+        settings = zero.get(part)
+        if settings is None:
+            continue
+        if not isinstance(settings, dict) or settings.get("device", "none") not in ("none", "cpu"):
+            yield f"zero_optimization.{part} = {settings!r}: must be an object with device cpu, or be left out"
+        elif settings.get("ratio", 1) != 1:
+            yield f"zero_optimization.{part}.ratio = {settings['ratio']}: must be 1, or be left out"
+    for legacy in ("cpu_offload", "cpu_offload_params"):
+        if zero.get(legacy):
+            yield f"zero_optimization.{legacy} = {zero[legacy]!r}: write offload_optimizer or offload_param instead"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -90,9 +90,9 @@ class Device:
     link_rate: float
     """Bytes per second that a rank sends to another of its machine."""
     network_rate: float
-    """The same between machines."""
+    """Bytes per second of one network card."""
     memory: float
-    """Bytes."""
+    """Bytes that torch reports, a little less than is printed on the card."""
     source: str
 
 
@@ -113,6 +113,8 @@ class Seconds:
 MFU = 0.5
 """Share of the matrix rate that forward and backward are taken to reach."""
 GPUS_PER_MACHINE = 8
+NICS_PER_MACHINE = 8
+"""One beside each GPU: NCCL opens a ring through every one, so that each carries an eighth of what is sent."""
 HOST_LINK_RATE = 50e9
 """Bytes per second between a GPU and its host (PCIe 5 x16, data sheet 64e9 x 0.8)."""
 HOST_MEMORY_RATE = 40e9
@@ -127,7 +129,7 @@ DEVICES = {
         4.3e12,
         450e9 * 0.8,
         50e9 * 0.8,
-        141e9,
+        139 * 2**30,
         "matrix and memory rate measured; fp32 and links from the data sheet x 0.8",
     ),
     "h100": Device(
@@ -137,7 +139,7 @@ DEVICES = {
         3.35e12 * 0.9,
         450e9 * 0.8,
         50e9 * 0.8,
-        80e9,
+        79 * 2**30,
         "data sheet x 0.8 (memory x 0.9)",
     ),
     "a100": Device(
@@ -147,7 +149,7 @@ DEVICES = {
         2.04e12 * 0.9,
         300e9 * 0.8,
         25e9 * 0.8,
-        80e9,
+        79 * 2**30,
         "data sheet x 0.8 (memory x 0.9)",
     ),
 }
@@ -236,7 +238,9 @@ def seconds(model: Sequence[Part], zero: Zero, spread: Spread, device: Device, f
     """Time of a step on `device`: arithmetic at MFU of its rate, rings at the link's rate, the update at memory's."""
     work = flops_per_micro_batch * spread.accumulation * (4 / 3 if spread.checkpointing else 1)
     rate = device.fp32_flops if spread.precision == "fp32" else device.matrix_flops
-    link = device.link_rate if spread.world_size <= GPUS_PER_MACHINE else device.network_rate
+    link = device.link_rate
+    if spread.world_size > GPUS_PER_MACHINE:
+        link = min(link, NICS_PER_MACHINE * device.network_rate)
     total, w = sum(sizes_of(model)), WEIGHT_BYTES[spread.precision]
     share = total / (spread.world_size if zero.stage else 1)
     # Masters and both moments read and written, the gradient read, the weight written.

@@ -23,7 +23,10 @@ from msm_dist.memory import Memory, memory_of
 from msm_dist.model.mae import Decoder, Encoder
 from msm_dist.model.patches import PatchGrid
 
-GB = 1e9
+GIB = 2**30
+WORTH = 0.3
+"""Share of a step that a higher stage must be predicted to save. What it saves is communication, of which a real run
+hides a part, and what its gathers cost to launch from Python is not modelled."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,6 @@ class Option:
     """Bytes that leave a rank in a step."""
     seconds: costs.Seconds
 
-    @property
-    def settings(self) -> str:
-        """The overrides that choose it, but for the micro-batch."""
-        words = [f"engine.zero_stage={self.stage}"]
-        words += [f"engine.offload={self.offload}"] * (self.offload != "none")
-        words += ["model.activation_checkpointing=true"] * self.checkpointing
-        return " ".join(words)
-
 
 def describe(path: str, overrides: Sequence[str], world_size: int, device_name: str = "h200") -> str:
     """Batch layout, parameters, learning rate, steps per epoch, predicted costs and a recommendation."""
@@ -56,7 +51,8 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
         raise ConfigError(f"--device {device_name}: no such profile; choose from {', '.join(costs.DEVICES)}")
     device = costs.DEVICES[device_name]
     options = list(predicted(cfg, layout, device))
-    choice = recommended(cfg, layout, device, options)
+    mine = configured(cfg, options)
+    choice = recommended(candidates(cfg, world_size, device), device)
     rows = settings(cfg, layout)
     try:
         corpus = open_corpus(cfg, layout)
@@ -65,20 +61,24 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
     else:
         plan = corpus.plan
         steps = plan.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch
+        hours = [f"{mine.seconds.step * steps / 3600:.2f} h an epoch as configured"]
+        hours += [f"{choice.seconds.step * steps / 3600:.2f} h as recommended"] * (choice is not None)
         rows += [
             ("corpus", f"{plan.num_clips} clips in {len(corpus.index.shards)} shards, {plan.lanes} lanes"),
             ("epoch", f"{plan.clips_per_epoch} clips = {steps:.2f} steps"),
             ("length", f"{corpus.total_steps} steps, {corpus.warmup_steps:.0f} of warm-up"),
+            ("", f"predicted: {', '.join(hours)}"),
         ]
-        if choice:
-            rows.append(("", f"predicted, as recommended: {choice.seconds.step * steps / 3600:.2f} h an epoch"))
     rows += [
-        ("predicted", f"GB of a rank on {device.name} with {device.memory / GB:.0f} GB ({device.source})"),
+        ("predicted", f"GiB of a rank on {device.name} with {device.memory / GIB:.0f} GiB ({device.source})"),
         ("", f"assumes MFU {costs.MFU} in forward and backward, and nothing overlapped; min: per million crops"),
+        ("", "small micro-batches and models do not reach that MFU: what it costs to launch kernels is not modelled"),
     ]
+    if world_size > costs.GPUS_PER_MACHINE:
+        rows.append(("", f"{costs.GPUS_PER_MACHINE} ranks and {costs.NICS_PER_MACHINE} network cards a machine"))
     lines = [f"{name:<12} {value}" for name, value in rows]
-    lines += table(options, cfg.train.global_batch, device)
-    return "\n".join([*lines, f"{'recommended':<12} {advice(cfg, choice, options, device)}"])
+    lines += table(options, mine, cfg.train.global_batch, device)
+    return "\n".join([*lines, *advice(cfg, choice, mine, options, device)])
 
 
 def settings(cfg: Config, layout: BatchLayout) -> list[tuple[str, str]]:
@@ -138,51 +138,76 @@ def predicted(cfg: Config, layout: BatchLayout, device: costs.Device) -> Iterato
             yield Option(stage, offload, checkpointing, layout.micro_batch, memory, sent, seconds)
 
 
-def recommended(cfg: Config, layout: BatchLayout, device: costs.Device, options: Sequence[Option]) -> Option | None:
-    """The least communication that fits; else checkpointing, a smaller micro-batch, offload, in this order."""
-
-    def best(candidates: Iterable[Option]) -> Option | None:
-        fitting = [option for option in candidates if fits(option, device)]
-        return min(fitting, key=lambda option: (option.sent, option.stage), default=None)
-
-    on_device = [option for option in options if option.offload == "none"]
-    for checkpointing in (False, True):
-        if found := best(option for option in on_device if option.checkpointing == checkpointing):
-            return found
-    smaller = list(_smaller_batches(cfg, layout.world_size))
-    for other in smaller:
-        again = predicted(other, batch_layout(other, layout.world_size), device)
-        if found := best(option for option in again if option.offload == "none"):
-            return found
-    for offload in ("optimizer", "parameters"):
-        if found := best(option for option in options if option.offload == offload):
-            return found
-    for other in smaller:
-        if found := best(predicted(other, batch_layout(other, layout.world_size), device)):
-            return found
-    return None
+def candidates(cfg: Config, world_size: int, device: costs.Device) -> Iterator[Option]:
+    """The options of the micro-batch and of every smaller one that the global batch allows."""
+    per_rank = cfg.train.global_batch // world_size
+    for micro in range(cfg.data.block, cfg.train.micro_batch + 1, cfg.data.block):
+        if per_rank % micro == 0:
+            smaller = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": micro})})
+            yield from predicted(smaller, batch_layout(smaller, world_size), device)
 
 
-def advice(cfg: Config, choice: Option | None, options: Sequence[Option], device: costs.Device) -> str:
-    """One sentence about the choice, or about what is missing."""
-    limit = costs.USABLE_MEMORY * device.memory / GB
+def recommended(options: Iterable[Option], device: costs.Device) -> Option | None:
+    """The fastest of those that fit, or the same at a lower stage where that costs less than WORTH of the step."""
+    fitting = [option for option in options if fits(option, device)]
+    if not fitting:
+        return None
+    fastest = min(fitting, key=lambda option: option.seconds.step)
+    alike = [
+        option
+        for option in fitting
+        if (option.offload, option.checkpointing) == (fastest.offload, fastest.checkpointing)
+        and option.seconds.step * (1 - WORTH) <= fastest.seconds.step
+    ]
+    return min(alike, key=lambda option: (option.stage, option.seconds.step))
+
+
+def configured(cfg: Config, options: Iterable[Option]) -> Option:
+    """The option that the run's own settings choose."""
+    own = (*_stage_and_offload(cfg), cfg.model.activation_checkpointing)
+    return next(option for option in options if (option.stage, option.offload, option.checkpointing) == own)
+
+
+def changes(cfg: Config, option: Option) -> list[str]:
+    """The overrides that make the run's settings an option's; none where they are."""
+    wanted = []
+    if _stage_and_offload(cfg) != (option.stage, option.offload):
+        wanted += ["engine.deepspeed=null"] * bool(cfg.engine.deepspeed)
+        wanted += [f"engine.zero_stage={option.stage}"] * (option.stage != cfg.engine.zero_stage)
+        wanted += [f"engine.offload={option.offload}"] * (option.offload != cfg.engine.offload)
+    if option.checkpointing != cfg.model.activation_checkpointing:
+        wanted.append(f"model.activation_checkpointing={str(option.checkpointing).lower()}")
+    if option.micro_batch != cfg.train.micro_batch:
+        wanted.append(f"train.micro_batch={option.micro_batch}")
+    return wanted
+
+
+def advice(
+    cfg: Config, choice: Option | None, mine: Option, options: Sequence[Option], device: costs.Device
+) -> list[str]:
+    """Lines about the run as configured, and about the choice or what is missing for one."""
+
+    def costing(option: Option) -> str:
+        fit = "" if fits(option, device) else ", which does not fit"
+        return (
+            f"peak {option.memory.peak / GIB:.1f} GiB{fit}, {option.sent / GIB:.2f} GiB sent and "
+            f"{option.seconds.step:.3f} s a step"
+        )
+
+    limit = costs.USABLE_MEMORY * device.memory / GIB
     if choice is None:
         least = min(options, key=lambda option: option.memory.peak)
-        return (
-            f"nothing fits {limit:.1f} GB: the least is {least.memory.peak / GB:.1f} GB with {least.settings}; take "
-            "more processes, a smaller model or shorter crops"
-        )
-    words = choice.settings
-    if choice.micro_batch != cfg.train.micro_batch:
-        words += f" train.micro_batch={choice.micro_batch}"
-    reason = "least sent of what fits"
-    if choice.offload != "none" or choice.checkpointing or choice.micro_batch != cfg.train.micro_batch:
-        plain = min(option.memory.peak for option in options if option.offload == "none" and not option.checkpointing)
-        reason = f"without, at least {plain / GB:.1f} GB are needed, of"
-    return (
-        f"{words} ({reason} {limit:.1f} GB): peak {choice.memory.peak / GB:.1f} GB, {choice.sent / GB:.2f} GB sent and "
-        f"{choice.seconds.step:.3f} s a step"
-    )
+        return [
+            f"{'recommended':<12} nothing fits {limit:.1f} GiB: the least is {least.memory.peak / GIB:.1f} GiB with "
+            f"{' '.join(changes(cfg, least)) or 'the settings as they are'}; take more processes, a smaller model or "
+            "shorter crops"
+        ]
+    words = " ".join(changes(cfg, choice)) or "as configured"
+    return [
+        f"{'configured':<12} {costing(mine)}",
+        f"{'recommended':<12} {words}",
+        f"{'':<12} {costing(choice)}, of {limit:.1f} GiB; none that fits saves over {WORTH:.0%} of it",
+    ]
 
 
 def fits(option: Option, device: costs.Device) -> bool:
@@ -190,38 +215,29 @@ def fits(option: Option, device: costs.Device) -> bool:
     return option.memory.peak <= costs.USABLE_MEMORY * device.memory
 
 
-def table(options: Sequence[Option], global_batch: int, device: costs.Device) -> list[str]:
-    """A line per stage and offload; the columns after the bar are with activation checkpointing."""
+def table(options: Sequence[Option], mine: Option, global_batch: int, device: costs.Device) -> list[str]:
+    """A line per stage and offload, * the configured one; columns after the bar are with activation checkpointing."""
     heads = ("weights", "optim", "grads", "buffers", "acts", "peak", "host", "sent", "s/step", "min")
     lines = [f"  {'ZeRO offload':<14}" + "".join(f"{head:>8}" for head in heads) + " |    acts    peak  s/step"]
     for plain, kept in zip(options[::2], options[1::2], strict=True):
         memory = plain.memory
         values = [memory.weights, memory.optimizer, memory.gradients, memory.buffers, memory.activations, memory.peak]
-        cells = [f"{value / GB:8.2f}" for value in (*values, memory.host, plain.sent)]
+        cells = [f"{value / GIB:8.2f}" for value in (*values, memory.host, plain.sent)]
         cells += [f"{plain.seconds.step:8.3f}", f"{plain.seconds.step * 1e6 / global_batch / 60:8.2f}"]
-        again = [f"{kept.memory.activations / GB:8.2f}", f"{kept.memory.peak / GB:8.2f}", f"{kept.seconds.step:8.3f}"]
+        again = [f"{kept.memory.activations / GIB:8.2f}", f"{kept.memory.peak / GIB:8.2f}", f"{kept.seconds.step:8.3f}"]
         note = "" if fits(plain, device) else "  fits with checkpointing" if fits(kept, device) else "  does not fit"
-        lines.append(f"  {plain.stage:<5}{plain.offload:<9}" + "".join(cells) + " |" + "".join(again) + note)
+        mark = "*" if mine in (plain, kept) else " "
+        lines.append(f"{mark} {plain.stage:<5}{plain.offload:<9}" + "".join(cells) + " |" + "".join(again) + note)
     return lines
 
 
 def zero_section(cfg: Config, stage: int, offload: str) -> dict[str, object]:
     """`zero_optimization` of a stage: of the run's own DeepSpeed file where that is of this stage, else of ours."""
+    if cfg.engine.deepspeed and _stage_and_offload(cfg) == (stage, offload):
+        return _own_section(cfg)
     shipped = Path(msm_configs.__path__[0]) / "deepspeed"
     name = f"zero{stage}.json" if offload == "none" else f"zero{stage}_offload_{offload}.json"
-    values = json.loads((shipped / name).read_text(encoding="utf-8"))["zero_optimization"]
-    if cfg.engine.deepspeed:
-        try:
-            own = json.loads(Path(cfg.engine.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
-            same = costs.zero_settings(own)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"engine.deepspeed = {cfg.engine.deepspeed}: can't be planned ({error!r}); it must be a JSON object "
-                "with zero_optimization.stage"
-            ) from None
-        if (same.stage, same.offload) == (stage, offload):
-            return own
-    return values
+    return json.loads((shipped / name).read_text(encoding="utf-8"))["zero_optimization"]
 
 
 def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
@@ -240,12 +256,29 @@ def tensor_bytes(cfg: Config) -> float:
     return 4 * (pixels + tables) + 8 * cfg.train.micro_batch * (3 + 2 * cfg.num_patches)
 
 
-def _smaller_batches(cfg: Config, world_size: int) -> Iterator[Config]:
-    """The same run with every smaller micro-batch that its global batch allows, the largest first."""
-    per_rank = cfg.train.global_batch // world_size
-    for micro in range(cfg.train.micro_batch - cfg.data.block, 0, -cfg.data.block):
-        if micro % cfg.data.block == 0 and per_rank % micro == 0:
-            yield cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": micro})})
+def _stage_and_offload(cfg: Config) -> tuple[int, str]:
+    if not cfg.engine.deepspeed:
+        return cfg.engine.zero_stage, cfg.engine.offload
+    own = costs.zero_settings(_own_section(cfg))
+    return own.stage, own.offload
+
+
+def _own_section(cfg: Config) -> dict[str, object]:
+    """`zero_optimization` of the run's own DeepSpeed file. Raises ConfigError where it can't be planned."""
+    path = Path(cfg.engine.deepspeed)
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+        own = costs.zero_settings(section)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"engine.deepspeed = {path}: can't be planned ({error!r}); it must be a JSON object with "
+            "zero_optimization.stage"
+        ) from None
+    if own.stage not in range(4):
+        raise ConfigError(f"{path}: zero_optimization.stage = {own.stage}: must be 0, 1, 2 or 3")
+    if faults := list(stage_conflicts(own.stage, own.offload, cfg.train.precision)):
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+    return section
 
 
 def _on_meta(cfg: Config) -> dict[str, nn.Module]:

@@ -128,10 +128,17 @@ def test_time_is_arithmetic_and_rings_and_update_at_the_device_s_rates():
     assert few.step == few.compute + few.communication + few.update
     half = costs.seconds(MODEL, zero(1), Spread(2, 3, "bf16", checkpointing=True), device, 50)
     assert half.compute == pytest.approx(4 / 3 * 3 * 50 / (1000 * costs.MFU))
-    # More ranks than a machine has: the network's rate.
-    assert costs.seconds(MODEL, zero(0), Spread(16, 3, "fp32"), device, 50).communication == pytest.approx(
-        2 * 15 / 16 * 4 * P / 1.0
-    )
+
+
+def test_between_machines_every_network_card_carries_a_part():
+    def communication(link_rate: float, network_rate: float) -> float:
+        device = Device("made up", 1000.0, 100.0, 10.0, link_rate, network_rate, 1e9, "")
+        return costs.seconds(MODEL, zero(0), Spread(16, 3, "fp32"), device, 50).communication
+
+    sent = 2 * 15 / 16 * 4 * P
+    assert communication(20.0, 1.0) == pytest.approx(sent / 8)
+    # The links inside a machine are passed too.
+    assert communication(5.0, 1.0) == pytest.approx(sent / 5)
 
 
 def test_settings_come_from_deepspeed_s_file():

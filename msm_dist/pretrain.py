@@ -29,7 +29,7 @@ from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
-from msm_dist.engine.zero import build_engine, dry_run, fitting_memory, set_lr
+from msm_dist.engine.zero import build_engine, describe_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.extension import BuildModel, configured_model
@@ -324,6 +324,8 @@ def build(
         engine = build_engine(model, cfg, layout, world.device)
         with extension.held_to_contract(model, cfg, world.device, build_model):
             dry_run(engine, noise.to(world.device), sample_ids.to(world.device))
+    if cfg.model.activation_checkpointing:
+        notes.append("model.activation_checkpointing: blocks are computed again in the backward")
     if cfg.engine.compile:
         notes.append(f"engine.compile: engine and first step took {time.monotonic() - start:.1f} s")
     if saved:
@@ -345,7 +347,7 @@ def build(
     if world.is_main:
         num_parameters = sum(value.numel() for value in initial.values())  # ZeRO 3 has emptied the model's own
         model_line = extension.describe(build_model, cfg, num_parameters)
-        print(announcement(cfg, world, corpus, model_line, saved, notes), flush=True)
+        print(announcement(cfg, world, corpus, describe_engine(engine), model_line, saved, notes), flush=True)
         if report:
             print(report.text(), flush=True)
     return Training(

@@ -16,14 +16,14 @@ from msm_kernels.backend import describe, resolve
 
 
 def announcement(
-    cfg: Config, world: World, corpus: Corpus, model: str, saved: Saved | None, notes: Sequence[str]
+    cfg: Config, world: World, corpus: Corpus, engine: str, model: str, saved: Saved | None, notes: Sequence[str]
 ) -> str:
     """What is about to run, and from where."""
     lines = [
         f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, "
         f"to step {corpus.total_steps}",
         f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, "
-        f"ZeRO {cfg.engine.zero_stage}, {describe(cfg.model.backend, world.device)}",
+        f"{engine}, {describe(cfg.model.backend, world.device)}",
         f"model      {model}",
         f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",

@@ -36,6 +36,19 @@ def test_run_killed_at_one_stage_and_continued_at_others_trains_the_same(runs):
         assert all(ours[name] == pytest.approx(theirs[name], rel=1e-4) for name in numbers)
 
 
+def test_own_deepspeed_file_is_named_by_what_it_does_and_by_what_deepspeed_refuses(runs, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    codes, output = runs.run("own", *SHORT, f"engine.deepspeed={path}", ranks=1)
+    assert codes == [0], output
+    assert "ZeRO 2, optimiser in host memory" in output
+    path.write_text('{"zero_optimization": {"stage": 1}, "amp": {"enabled": true}}')
+    codes, output = runs.run("own2", *SHORT, f"engine.deepspeed={path}", ranks=1)
+    assert codes == [2], output
+    assert "own.json: " in output
+    assert "Traceback" not in output
+
+
 def test_exports_of_stages_1_and_3_at_the_same_step_are_equal(runs):
     before = runs.weights("stage1")
     (runs.folder / "stage1" / "export" / "model.safetensors").unlink()

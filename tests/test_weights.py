@@ -56,6 +56,12 @@ def test_loading_gives_back_what_was_saved(saved, file):
     assert torch.equal(loaded(spectrogram, ids).loss, model(spectrogram, ids).loss)
 
 
+def test_weights_can_be_read_by_whoever_may_read_the_folder(saved):
+    folder, _ = saved
+    weights = (folder / "model.safetensors").stat().st_mode
+    assert weights & 0o444 == folder.stat().st_mode & 0o444
+
+
 def test_a_named_size_is_spelt_out(saved):
     config = json.loads((saved[0] / "config.json").read_text())
     assert config["model"]["size"] is None

@@ -14,6 +14,8 @@ from typing import Any
 import deepspeed
 import msm_configs
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import nn
 
@@ -36,8 +38,8 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     values = _read_json(path)
     zero = values.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage = {stage}: must be 0, 1, 2 or 3")
+    if type(stage) is not int or stage not in range(4):
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage!r}: must be there, as 0, 1, 2 or 3")
     if faults := [*_unknown_offload(zero), *stage_conflicts(stage, _offload(zero), cfg.train.precision)]:
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     owned = {
@@ -87,6 +89,8 @@ def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: tor
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ConfigError(f"{cfg.engine.deepspeed or 'DeepSpeed'}: {'; '.join(faults)}") from None
+    except (DeepSpeedConfigError, ZeRORuntimeException) as error:
+        raise ConfigError(f"{cfg.engine.deepspeed or 'DeepSpeed'}: {error}") from None
     if cfg.train.precision == "fp16":
         # Diverged says it better, and on all ranks at once.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -139,6 +143,13 @@ def fitting_memory(device: torch.device, micro_batch: int) -> Iterator[None]:
             "model.activation_checkpointing=true, a higher engine.zero_stage or engine.offload; `msm-dist plan` says "
             "what each needs"
         ) from None
+
+
+def describe_engine(engine: deepspeed.DeepSpeedEngine) -> str:
+    """Stage and offload as they are, whichever file they come from."""
+    config = engine.config.get("zero_optimization", {})
+    offload = {"none": "", "optimizer": ", optimiser in host memory", "parameters": ", parameters in host memory"}
+    return f"ZeRO {engine.zero_optimization_stage()}{offload[_offload(config)]}"
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

@@ -80,6 +80,8 @@ def save(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
         weights_part, config_part = folder / f"{WEIGHTS_FILE}.part", folder / f"{CONFIG_FILE}.part"
         save_file(tensors, weights_part)
+        # safetensors lets nobody else read its files; the folder's mode says who may.
+        weights_part.chmod(folder.stat().st_mode & 0o666)
         config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(weights_part, folder / WEIGHTS_FILE)
         os.replace(config_part, folder / CONFIG_FILE)

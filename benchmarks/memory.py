@@ -142,7 +142,7 @@ def predict(case: Case, cfg: Config, world_size: int, gpu: bool) -> dict[str, fl
     spread = costs.Spread(world_size, case.accumulation, case.precision, case.checkpointing, gpu)
     model = costs.parts(cfg, parameter_shapes(cfg), gpu)
     memory = memory_of(model, zero, spread, tensor_bytes(cfg))
-    host = 0 if gpu else memory.host
+    host = 0 if gpu else memory.offloaded
     traffic = costs.traffic(model, zero, spread)
     return {
         "steady": memory.steady + host,

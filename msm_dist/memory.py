@@ -36,16 +36,19 @@ class Memory:
     accumulating: float
     """Between two micro-batches of a step."""
     peak: float
-    """The most at any time of a step."""
+    """The most at any time of a step, or at the start, when every rank holds the whole model in fp32."""
+    offloaded: float
+    """In the host's memory, of the engine."""
     host: float
-    """In the host's memory, for what is offloaded."""
+    """The most of the host's memory: what is offloaded, and the start's weights or a checkpoint being written."""
 
 
 def memory_of(model: Sequence[Part], zero: Zero, spread: Spread, inputs: float) -> Memory:
     """Memory of a rank; `inputs` are bytes of tensors beside the model (a micro-batch, position tables).
 
-    `peak` is the largest of: the walk through forward and backward, the reduction of gradients, the update.
+    `peak` is the largest of: the start, the walk through forward and backward, the reduction of gradients, the update.
     """
+    whole = FP32 * sum(sizes_of(model))
     layout = _layout(model, zero, spread)
     steady = layout.weights + layout.optimizer + layout.kept_gradients + layout.buffers + inputs
     before = layout.accumulated if spread.accumulation > 1 else 0.0
@@ -53,6 +56,8 @@ def memory_of(model: Sequence[Part], zero: Zero, spread: Spread, inputs: float) 
     inside = max(part.saved - part.kept for part in model) if spread.checkpointing else 0
     walk = _walk(model, layout, spread, first=spread.accumulation == 1)
     peak = steady + max(before + walk, layout.reduction, layout.update)
+    # A rank makes its model on the host and keeps a copy until the engine is set to it. A checkpoint copies its share.
+    host = max(2 * whole, layout.host + max(whole, 3 * whole / spread.world_size))
     return Memory(
         layout.weights,
         layout.optimizer,
@@ -61,8 +66,9 @@ def memory_of(model: Sequence[Part], zero: Zero, spread: Spread, inputs: float) 
         saved + inside,
         steady,
         steady + layout.accumulated,
-        peak,
+        max(peak, whole),
         layout.host,
+        host,
     )
 
 

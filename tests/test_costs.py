@@ -63,11 +63,33 @@ def test_states_of_every_stage_add_up():
 def test_offload_moves_states_to_the_host():
     spread = Spread(2, 2, "bf16")
     kept, moved = (memory_of(MODEL, zero(3, offload), spread, 0) for offload in ("none", "optimizer"))
-    assert kept.host == 0
+    assert kept.offloaded == 0
     assert moved.optimizer == moved.gradients == 0
-    assert moved.host == kept.optimizer + 2 * kept.gradients
+    assert moved.offloaded == kept.optimizer + 2 * kept.gradients
     weights_too = memory_of(MODEL, zero(3, "parameters"), spread, 0)
-    assert weights_too.host - moved.host == moved.weights - weights_too.weights == 2 * P / 2
+    assert weights_too.offloaded - moved.offloaded == moved.weights - weights_too.weights == 2 * P / 2
+
+
+def test_a_start_takes_the_whole_model_in_fp32_on_every_rank():
+    bare = [Part("bare", ((100, 100),), saved=0, kept=0, working=0)]
+    assert (
+        memory_of(
+            bare, zero(3, "parameters", reduce_bucket=1, max_live=1, prefetch_bucket=1), Spread(10**4, 1, "bf16"), 0
+        ).peak
+        == 4 * 10**4
+    )
+
+
+def test_the_host_holds_the_start_or_a_checkpoint_beside_what_is_offloaded():
+    def host(world: int, offload: str = "none") -> Memory:
+        return memory_of(MODEL, zero(3, offload), Spread(world, 1, "bf16"), 0)
+
+    # Two whole fp32 models at the start; a checkpoint's masters and moments by a rank alone.
+    assert (host(8).host, host(1).host) == (8 * P, 12 * P)
+    moved = host(1, "optimizer")
+    assert moved.host == moved.offloaded + 12 * P
+    moved = host(8, "optimizer")
+    assert moved.host == max(8 * P, moved.offloaded + 4 * P)
 
 
 def test_checkpointing_keeps_inputs_and_the_inside_of_one_part():

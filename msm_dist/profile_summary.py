@@ -145,7 +145,7 @@ def report(summary: Summary) -> str:
         f"profile    steps {summary.first_step} to {summary.last_step}: {summary.seconds / count * 1e3:.1f} ms a step",
         f"clock      {clock}",
     ]
-    if summary.outside_seconds:
+    if summary.outside_seconds >= 0.005:
         lines.append(f"left out   {summary.outside_seconds:.2f} s of validation, pictures and checkpoints")
     lines += [f"  {name:<18}{share:7.1%}" for name, share in summary.shares.items()]
     lines += [f"    host in {name:<12}{share:5.1%}" for name, share in summary.idle.items()]
@@ -174,7 +174,7 @@ def _device_times(
     for name, time in _sweep(intervals, order, windows).items():
         if name.startswith("host:") or not name:
             at = name.removeprefix("host:") or "between"
-            name = PARTS.get(at, IDLE_IN + at)
+            name = {"data": WAITING, "outside": OUTSIDE}.get(at, IDLE_IN + at)
         times[name] = times.get(name, 0.0) + time
     return times
 
@@ -249,7 +249,7 @@ def _self_time(span: Span) -> Iterator[tuple[float, float]]:
     for child in span.children:
         if child.start > at:
             yield at, child.start
-        at = max(at, child.end)
+        at = child.end
     if at < span.end:
         yield at, span.end
 

@@ -113,16 +113,15 @@ class Recorder:
     def _write(self) -> None:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        path = self._folder / f"steps-{self._start}-{self._done}.pt.trace.json.gz"
+        name = f"steps-{self._start}-{self._done}"
+        path = self._folder / f"{name}.pt.trace.json.gz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
             summary = summarize(read_trace(path), range(self._start, self._done + 1))
             text = report(summary)
-            path.with_name(path.name.replace(".pt.trace.json.gz", ".json")).write_text(
-                json.dumps(asdict(summary), indent=1), encoding="utf-8"
-            )
-            path.with_name(path.name.replace(".pt.trace.json.gz", ".txt")).write_text(text, encoding="utf-8")
+            (self._folder / f"{name}.json").write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
+            (self._folder / f"{name}.txt").write_text(text, encoding="utf-8")
         except OSError as error:
             raise CheckpointError(
                 f"{path}: can't be written ({error.strerror or error}); make room or give write access, or go on "

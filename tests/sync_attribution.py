@@ -19,8 +19,8 @@ WHEN = {
 def attribute(stack: Sequence[traceback.FrameSummary]) -> tuple[str, str, str]:
     """(step, log point, saving or start; msm_dist, deepspeed, torch or nobody; file.py:function).
 
-    The innermost frame of ours or of DeepSpeed is the one that asked; torch's own optimiser asks for itself. DeepSpeed's
-    accelerators only pass on what others ask for.
+    The innermost frame of ours or of DeepSpeed is the one that asked; torch's own optimiser asks for itself.
+    DeepSpeed's accelerators only pass on what others ask for.
     """
     stack = [frame for frame in stack if "/deepspeed/accelerator/" not in frame.filename]
     ours = {_where(frame) for frame in stack if _is_ours(frame.filename)}

@@ -2,9 +2,10 @@
 
     python -m benchmarks.memory [--world 2] [--json FILE]
 
-starts so many gloo processes (or, with a GPU, NCCL ones) that train a small model for a few steps per case, and prints
-a table of what `msm_dist.memory` predicts beside what was measured. On a CPU the measure is torch's profiler, which
-reports every allocation and release of the CPU allocator, also those inside an operator; on a GPU it is
+starts so many gloo processes (or NCCL ones, where there are GPUs, of which each takes one) that train a small model for
+a few steps per case, and prints a table of what `msm_dist.memory` predicts beside what was measured. With GPUs every
+case has processes of its own: a ZeRO-3 engine does not give its memory back at its end. On a CPU the measure is torch's
+profiler, which reports every allocation and release of the CPU allocator, also those inside an operator; on a GPU it is
 torch.cuda.max_memory_allocated. Bytes of collectives are DeepSpeed's own communication log.
 """
 
@@ -169,17 +170,19 @@ def measure(cfg: Config, device: torch.device, world_size: int) -> dict[str, flo
         shape = (cfg.train.micro_batch, 1, cfg.features.n_mels, cfg.data.crop_frames)
         spectrogram = torch.randn(shape, device=device)
         sample_ids = torch.zeros(cfg.train.micro_batch, 3, dtype=torch.int64, device=device)
-        comm.configure(enabled=True, prof_all=True, verbose=False)
         # The first update makes the moments; stage 3 learns the order of the modules in its first two micro-batches.
         for _ in range(2 if layout.accumulation == 1 else 1):
             step_of(engine, layout.accumulation, spectrogram, sample_ids)
-        comm.comm.comms_logger.comms_dict.clear()
         gc.collect()
         meter.mark("first")
         step_of(engine, layout.accumulation - 1, spectrogram, sample_ids)
         meter.mark("last")
         step_of(engine, 1, spectrogram, sample_ids)
         meter.mark("end")
+    # In a step of its own: on a GPU the log waits for every collective, which changes what is held meanwhile.
+    comm.configure(enabled=True, prof_all=True, verbose=False)
+    comm.comm.comms_logger.comms_dict.clear()
+    step_of(engine, layout.accumulation, spectrogram, sample_ids)
     messages = logged(comm.comm.comms_logger.comms_dict)
     comm.configure(enabled=False)
     engine.destroy()
@@ -387,7 +390,17 @@ def wrong(rows: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]) -> lis
 
 
 def run(cases: Sequence[Case], world_size: int, output: Path) -> None:
-    """Start the ranks and wait for them. Raises CalledProcessError when one fails."""
+    """Measure the cases, with GPUs each in processes of its own. Raises CalledProcessError when one fails."""
+    groups = [[case] for case in cases] if torch.cuda.is_available() else [cases]
+    rows = []
+    for group in groups:
+        _run_together(group, world_size, output)
+        rows += json.loads(output.read_text())
+    output.write_text(json.dumps(rows))
+
+
+def _run_together(cases: Sequence[Case], world_size: int, output: Path) -> None:
+    """Start the ranks and wait for them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -417,7 +430,8 @@ def run(cases: Sequence[Case], world_size: int, output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, or act as one rank of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=int, default=2, help="number of processes")
+    default = min(2, torch.cuda.device_count() or 2)
+    parser.add_argument("--world", type=int, default=default, help="number of processes; a GPU each")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from msm_dist.errors import ConfigError
 
 REPORTED_AT_ONCE = 40
+PROFILED_AT_MOST = 100
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -434,6 +435,11 @@ def _conflicts(cfg: Config) -> Iterable[str]:
         yield f"train.profile = {cfg.train.profile!r}: must be START:STOP in steps, such as 20:25"
     elif cfg.profiled_steps is not None and not 0 < cfg.profiled_steps[0] < cfg.profiled_steps[1]:
         yield f"train.profile = {cfg.train.profile}: must start at step 1 or later and stop after its start"
+    elif cfg.profiled_steps is not None and cfg.profiled_steps[1] - cfg.profiled_steps[0] > PROFILED_AT_MOST:
+        yield (
+            f"train.profile = {cfg.train.profile}: at most {PROFILED_AT_MOST} steps, whose ops are all kept in memory; "
+            f"ten tell as much: {cfg.profiled_steps[0]}:{cfg.profiled_steps[0] + 10}"
+        )
     steps, warmup = cfg.train.steps, cfg.optim.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}; optim.warmup_steps=0 goes without"

@@ -43,7 +43,7 @@ NAMES = (
     (
         PRODUCTS,
         r"^aten::(mm|addmm|_addmm_activation|linear|mkldnn_linear|matmul)$|^(Mm|Addmm|Linear|MkldnnLinear)Backward|"
-        r"^mkl(dnn)?::_|^msm_kernels::embed_visible_patches|gemm|nvjet|cutlass|^embed_(forward|backward)_kernel",
+        r"^LinearFunctionForZeroStage3|gemv|splitKreduce|^mkl(dnn)?::_|^msm_kernels::embed_visible_patches|gemm|nvjet|cutlass|^embed_(forward|backward)_kernel",
     ),
     (NORMALISATION, r"layer_norm|^NativeLayerNormBackward"),
     (OPTIMISER, r"^Optimizer\.step#"),

@@ -82,6 +82,7 @@ def test_visible_patches_are_rounded_down(frames, ratio, keep):
         ),
         ({"engine": {"zero_stage": 2, "offload": "parameters"}}, "offload = parameters: needs engine.zero_stage 3"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
+        ({"train": {"steps": 5000, "profile": "20:2000"}}, "train.profile = 20:2000: at most 100 steps"),
         (
             {"engine": {"zero_stage": 2, "offload": "optimizer"}, "train": {"steps": 1, "precision": "fp16"}},
             "fp16 at stage 2 DeepSpeed never gets over the first overflow",

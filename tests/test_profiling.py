@@ -107,6 +107,22 @@ def test_host_time_belongs_to_the_innermost_op_and_none_is_left_over():
     }
 
 
+def test_linear_maps_of_zero_stage_3_are_products_with_their_biases():
+    events = [
+        range_("ProfilerStep#1", 0, 1000),
+        range_("msm_dist::forward", 10, 500),
+        event("LinearFunctionForZeroStage3", 20, 120),
+        event("aten::matmul", 30, 90),
+        event("aten::mm", 40, 80),
+        event("aten::add_", 95, 110),
+        range_("msm_dist::backward", 500, 900),
+        event("autograd::engine::evaluate_function: LinearFunctionForZeroStage3Backward", 510, 700),
+        event("LinearFunctionForZeroStage3Backward", 520, 690),
+        event("aten::sum", 600, 650),
+    ]
+    assert times(events)["matrix products"] == 100 + 190
+
+
 def test_host_that_waits_for_gloo_is_communicating_but_not_while_it_works():
     events = [
         range_("ProfilerStep#1", 0, 100),

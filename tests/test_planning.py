@@ -178,8 +178,9 @@ def test_plan_of_a_large_configuration_is_whole_and_says_what_it_assumes(monkeyp
 def test_plan_says_that_nothing_fits_and_what_comes_closest(monkeypatch):
     monkeypatch.setitem(costs.DEVICES, "tiny", costs.Device("tiny", 1e12, 1e11, 1e11, 1e9, 1e9, 1e8, "made up"))
     text = describe(str(CONFIGS / "giant_audioset.yaml"), [], 8, "tiny")
-    assert "nothing fits 0.1 GiB: the least is" in text
-    assert "engine.zero_stage=3 engine.offload=parameters model.activation_checkpointing=true" in text
+    # Whatever is divided and moved later, a rank starts with the whole model in fp32.
+    start = 4 * by_hand(1536, 40, 512, 8, 256) / 2**30
+    assert f"nothing fits 0.1 GiB: the least is {start:.1f} GiB with engine.zero_stage=" in text
 
 
 def test_an_unknown_device_is_answered_with_the_known_ones():

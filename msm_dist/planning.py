@@ -71,9 +71,10 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
         ]
     rows += [
         ("predicted", f"GiB of a rank on {device.name} with {device.memory / GIB:.0f} GiB ({device.source})"),
-        ("", f"assumes MFU {costs.MFU} in forward and backward, and nothing overlapped; min: per million crops"),
+        ("", f"assumes MFU {costs.MFU} in forward and backward, and nothing overlapped"),
         ("", "small micro-batches and models do not reach that MFU: what it costs to launch kernels is not modelled"),
-        ("", f"host: GiB of a rank at most, {min(world_size, costs.GPUS_PER_MACHINE)} times that of a machine"),
+        ("", "sent: GiB a step; min: minutes per million crops; right of the bar: with activation checkpointing"),
+        ("", f"host: of a rank at most; a machine needs {min(world_size, costs.GPUS_PER_MACHINE)} times that"),
     ]
     if world_size > costs.GPUS_PER_MACHINE:
         rows.append(("", f"{costs.GPUS_PER_MACHINE} ranks and {costs.NICS_PER_MACHINE} network cards a machine"))

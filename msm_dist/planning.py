@@ -50,6 +50,10 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
     if device_name not in costs.DEVICES:
         raise ConfigError(f"--device {device_name}: no such profile; choose from {', '.join(costs.DEVICES)}")
     device = costs.DEVICES[device_name]
+    if cfg.engine.deepspeed:
+        from msm_dist.engine.zero import deepspeed_config  # here, as DeepSpeed takes seconds to import
+
+        deepspeed_config(cfg, layout)
     options = list(predicted(cfg, layout, device))
     mine = configured(cfg, options)
     choice = recommended(candidates(cfg, world_size, device), device)

@@ -188,6 +188,22 @@ def test_an_unknown_device_is_answered_with_the_known_ones():
         describe(str(CONFIGS / "quickstart.yaml"), [], 1, "b100")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {}}', "optimizer: not ours"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 9}', "gradient_clipping = 9 contradicts"),
+        ('{"zero_optimization": 5}', "stage = None"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_own_deepspeed_file_that_a_run_refuses_is_refused_by_its_plan(tmp_path, content, says):
+    own = tmp_path / "own.json"
+    own.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        describe(str(CONFIGS / "quickstart.yaml"), [f"engine.deepspeed={own}"], 1)
+
+
 def test_own_deepspeed_file_changes_the_plan_of_its_stage(tmp_path):
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}))

@@ -19,6 +19,14 @@ from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.transformer import Block
 
 STEPS, ACCUMULATION, MICRO, FRAMES = 4, 2, 2, 48
+SMALL = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 2,
+    "decoder_num_heads": 1,
+}
 RELEASED_AT_ONCE = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
@@ -37,15 +45,7 @@ def config(folder, world, stage, checkpointing):
     )
     return parse_config(
         {
-            "model": {
-                "embed_dim": 32,
-                "depth": 3,
-                "num_heads": 2,
-                "decoder_embed_dim": 16,
-                "decoder_depth": 2,
-                "decoder_num_heads": 1,
-                "activation_checkpointing": checkpointing,
-            },
+            "model": SMALL | {"activation_checkpointing": checkpointing},
             "data": {"crop_frames": FRAMES, "block": MICRO},
             "train": {
                 "steps": STEPS,

@@ -121,4 +121,6 @@ def _phase(folder: Path, phase: str, size: int, work: Sequence[Any]) -> list[dic
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         print(table(run(CASES, Path(scratch))))
+        error = without_our_precision(Path(scratch))
+        print(f"\nbf16 at stage 1 with DeepSpeed's own dtypes for sums of gradients: {error:.1e} from plain AdamW")
     sys.exit()

@@ -10,17 +10,10 @@ from msm_dist.config import Model
 from msm_dist.model import transformer
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.transformer import Block
+from tests.checkpointing_worker import FRAMES, SMALL
 from tests.processes import run_ranks
 
-SMALL = {
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 2,
-    "decoder_num_heads": 1,
-}
-FRAMES, CLIPS = 48, 3
+CLIPS = 3
 NUM_BLOCKS = SMALL["depth"] + SMALL["decoder_depth"]
 
 

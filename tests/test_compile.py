@@ -20,18 +20,9 @@ from msm_dist.engine import compilation
 from msm_dist.errors import ConfigError
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import load
+from tests.checkpointing_worker import FRAMES, SMALL
 from tests.corpus import write_corpus
 from tests.processes import run_ranks
-
-SMALL = {
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 2,
-    "decoder_num_heads": 1,
-}
-FRAMES = 48
 
 
 def build():

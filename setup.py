@@ -49,7 +49,10 @@ setup(
     ],
     # Top-level modules named `kernels` or `configs` would collide with those of unrelated distributions.
     package_dir={"msm_kernels": "kernels", "msm_configs": "configs"},
-    package_data={"msm_configs": ["*.yaml", "deepspeed/*.json"], "msm_kernels": ["configurations.json"]},
+    package_data={
+        "msm_configs": ["*.yaml", "deepspeed/*.json", "sweeps/*.yaml"],
+        "msm_kernels": ["configurations.json"],
+    },
     install_requires=BASE,
     extras_require={"train": TRAIN, "dev": DEV},
     entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},

@@ -2,6 +2,7 @@
 
 In: a corpus, a batch layout, a world, the step to start from. Out: the micro-batches of step after step. A rank
 that can't read on tells the `Interruption` in time for all ranks to stop together; the DataError is kept for later.
+One whose read is late asks whether any rank is to stop; if so it gives the read up, as it will not need the data.
 """
 
 import contextlib
@@ -20,6 +21,10 @@ from msm_dist.monitor import truncate_jsonl
 
 Trace = Callable[[int, Batch, Output], None]
 """(step, micro-batch, what the model made of it)"""
+
+
+class GivenUp(Exception):
+    """A late read was given up, as the run stops before its data is needed."""
 
 
 class Feed:
@@ -44,11 +49,14 @@ class Feed:
             raise self._fault
 
     def _read(self) -> list[Batch]:
-        if self._fault or not self._unread_steps:
+        # What is read now would be trained on after the step that ends with the agreement to stop.
+        if self._fault or not self._unread_steps or self._interruption.heard:
             return []
         self._unread_steps -= 1
         try:
             return [next(self._batches) for _ in range(self._accumulation)]
+        except GivenUp:
+            return []
         except DataError as error:
             self._fault = error
             self._interruption.hear(NO_DATA)
@@ -60,6 +68,11 @@ def feeding(
     data: Data, corpus: Corpus, layout: BatchLayout, world: World, interruption: Interruption, start_step: int
 ) -> Iterator[Feed]:
     """The feed from `start_step` on; its workers end with the block. A collective. Raises DataError."""
+
+    def give_up_when_stopping() -> None:
+        if interruption.heard_anywhere():
+            raise GivenUp
+
     loader = make_loader(
         corpus.plan,
         corpus.index,
@@ -69,11 +82,14 @@ def feeding(
         world.rank,
         start_step=start_step,
         missing=corpus.missing,
+        while_late=give_up_when_stopping,
     )
     with contextlib.closing(loader):
         feed = Feed(loader, layout.accumulation, corpus.total_steps - start_step, interruption)
         # Without data for its first step a rank can't wait for an agreement that comes a step late.
         world.together(feed.raise_fault, DataError)
+        # Nor without its first step's data because of a signal: so the loop's first call finds what was heard by now.
+        interruption.agreed()
         yield feed
 
 

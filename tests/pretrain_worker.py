@@ -11,21 +11,40 @@ KILL=slow:S          nobody dies; a step takes S seconds longer
 KILL=disk:S          nobody dies; writing the state of a checkpoint takes S seconds longer
 KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied by that
 KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
+KILL=stuck:S         nobody dies; the loader worker of KILL_RANK blocks for ever in the read of step S
+KILL=stopped:S       nobody dies; ... stops there by SIGSTOP
+KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
+KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until the file of MARK is gone
+KILL_RANK=all        means every rank
+
+A process that is where KILL wants it says so by making the file MARK names.
 """
 
 import errno
+import multiprocessing.process
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from msm_dist import pretrain
+from msm_dist.data import crops
 from msm_dist.engine import checkpoint
 
 what, _, number = os.environ.get("KILL", "").partition(":")
-mine = os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0")
+mine = os.environ.get("KILL_RANK", "0") in (os.environ.get("RANK", "0"), "all")
 writes = steps = 0
 STEPS_BESIDE = 3
+BLOCKS_PER_STEP = 4
+PLACES = {
+    "build": (pretrain, "build"),
+    "validate": (pretrain, "validate"),
+    "draw": (pretrain, "draw"),
+    "save": (pretrain, "save"),
+    "write": (checkpoint, "_write_state"),
+    "export": (pretrain, "save_weights"),
+}
 
 
 def die():
@@ -68,6 +87,31 @@ def truncating(run, *rest):
     return stop_if_skipped(run, *rest)
 
 
+def stuck(reader, block):
+    if block < BLOCKS_PER_STEP * (int(number) - 1):
+        return read_block(reader, block)
+    fifo = Path(os.environ["MARK"] + f".fifo.{os.getpid()}")
+    os.mkfifo(fifo)
+    mark()
+    if what == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return fifo.read_bytes()
+
+
+def mark():
+    Path(os.environ["MARK"]).touch()
+
+
+def pausing(action):
+    def paused(*arguments, **options):
+        mark()
+        while Path(os.environ["MARK"]).exists():
+            time.sleep(0.01)
+        return action(*arguments, **options)
+
+    return paused
+
+
 def dying(write):
     def on_write(path, content):
         global writes
@@ -107,4 +151,11 @@ if mine and what == "rename":
     checkpoint.Path.rename = lambda *_: die()
 if mine and what == "export":
     pretrain.finish = lambda *_: die()
+if mine and what in ("stuck", "stopped", "undead"):
+    read_block, crops.CropReader.block = crops.CropReader.block, stuck
+if what == "undead":
+    multiprocessing.process.BaseProcess.kill = multiprocessing.process.BaseProcess.terminate = lambda *_: None
+if mine and what == "pause":
+    module, name = PLACES[number]
+    setattr(module, name, pausing(getattr(module, name)))
 sys.exit(pretrain.main(sys.argv[1:]))

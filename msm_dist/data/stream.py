@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,9 @@ from msm_dist.errors import DataError, MsmError
 PREFETCHED_BATCHES = 3  # per worker
 WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
-KILL_SECONDS = 5
+KILL_SECONDS = 5.0
+LATE_SECONDS = 1.0
+LATE = "DataLoader timed out"  # how DataLoader's RuntimeError begins; the batch can be asked for again
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,22 @@ class Batch:
 
 
 class Loader:
-    """Endless iterator over one rank's batches. To be closed: its workers ignore SIGTERM."""
+    """Endless iterator over one rank's batches. To be closed: its workers ignore SIGTERM.
 
-    def __init__(self, batches: Iterator[Batch | MsmError], workers: list[multiprocessing.Process]):
+    While a worker lets it wait, it calls `while_late` every LATE_SECONDS, which may raise to give up that batch.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch | MsmError],
+        workers: list[multiprocessing.Process],
+        helpers: list[threading.Thread],
+        while_late: Callable[[], None],
+    ):
         self._batches = batches
         self._workers = workers
+        self._helpers = helpers
+        self._while_late = while_late
         # Else multiprocessing would wait at exit for workers that never end.
         atexit.register(self.close)
 
@@ -83,26 +97,35 @@ class Loader:
 
     def __next__(self) -> Batch:
         """The next batch. Raises the MsmError that a worker met, DataError if a worker died."""
-        try:
-            item = next(self._batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            # What DataLoader raises for a dead worker depends on where it was.
-            dead = connection.wait([worker.sentinel for worker in self._workers], timeout=1)
-            if not dead:
-                raise
-            raise DataError(_epitaph(next(w for w in self._workers if w.sentinel in dead))) from error
+        while (item := self._received()) is None:
+            self._while_late()
         if isinstance(item, MsmError):
             raise item
         return item
+
+    def _received(self) -> Batch | MsmError | None:
+        """The next item; None where it is late."""
+        try:
+            return next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            late = str(error).startswith(LATE) and all(helper.is_alive() for helper in self._helpers)
+            # What DataLoader raises for a dead worker depends on where it was.
+            dead = connection.wait([worker.sentinel for worker in self._workers], timeout=0 if late else 1)
+            if dead:
+                raise DataError(_epitaph(next(w for w in self._workers if w.sentinel in dead))) from error
+            if not late:
+                raise
+            return None
 
     def close(self) -> None:
         """Kill the workers at once, wherever they are: nothing they do needs finishing."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.kill()
+        deadline = time.monotonic() + KILL_SECONDS
         for worker in self._workers:
             # A read that hangs in the kernel outlives even SIGKILL.
-            worker.join(KILL_SECONDS)
+            worker.join(max(0.0, deadline - time.monotonic()))
 
 
 def make_loader(
@@ -114,11 +137,13 @@ def make_loader(
     rank: int,
     start_step: int = 0,
     missing: Collection[int] = (),
+    while_late: Callable[[], None] = lambda: None,
 ) -> Loader:
     """The micro-batches of `rank` from `start_step` on, in order, without end: layout.accumulation per step.
 
-    data.num_workers processes read them ahead, or none (0). `missing`: shards known to be absent. Raises
-    ConfigError if the plan's lanes don't spread evenly over ranks and workers.
+    data.num_workers processes read them ahead, or none (0): then nothing is late, as the read is the caller's own wait.
+    `missing`: shards known to be absent. Raises ConfigError if the plan's lanes don't spread evenly over ranks and
+    workers.
     """
     check_lanes(plan, layout.world_size, data.num_workers)
     source = Source(plan, index, features, data.crop_frames, frozenset(missing))
@@ -126,20 +151,24 @@ def make_loader(
         partial(_micro_batches, layout, rank, start_step), partial(_read, source), _collate, _faults_as_items
     )
     if data.num_workers == 0:
-        return Loader(iter(pipeline), [])
+        return Loader(iter(pipeline), [], [], while_late)
     loader = DataLoader(
         pipeline,
         batch_size=None,
         num_workers=data.num_workers,
         prefetch_factor=PREFETCHED_BATCHES,
+        timeout=LATE_SECONDS,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # for the seeds of the workers, which use none: the global one stays
     )
-    before = set(multiprocessing.active_children())
+    processes, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     with _undisturbed_start():
         batches = iter(loader)
-    return Loader(batches, [child for child in multiprocessing.active_children() if child not in before])
+    workers = [child for child in multiprocessing.active_children() if child not in processes]
+    # Where there is a GPU, a thread that pins memory.
+    helpers = [thread for thread in threading.enumerate() if thread not in threads]
+    return Loader(batches, workers, helpers, while_late)
 
 
 def trace_records(batch: Batch, step: int, ids_keep: np.ndarray | None = None) -> list[dict[str, Any]]:

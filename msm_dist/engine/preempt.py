@@ -2,14 +2,17 @@
 
 USR1 and USR2 ask for a requeue (exit code 75); TERM and INT, and the end of the launcher, stop without one.
 The same TERM or INT again exits at once; one after the other does not, as a Ctrl-C is followed by the launcher's TERM.
-A handler only sets a flag: ranks agree on it at a step boundary, one step late, so that no rank ever waits for the
-others' hosts.
+A signal only sets a flag: ranks agree on it at a step boundary, one step late, so that no rank ever waits for the
+others' hosts. Python runs no handler while its main thread is in a collective, as it is when another rank's data is
+late. So a thread is told of each signal too; it ends the process at the second TERM, and tells the store of the process
+group, where a rank asks that waits for data (`Interruption.heard_anywhere`).
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 NONE, STOP, REQUEUE, NO_DATA = 0, 1, 2, 3
 REQUEUE_EXIT_CODE = 75
@@ -26,26 +30,49 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARENT_DIED = signal.SIGRTMIN
 PR_SET_PDEATHSIG = 1
 LAUNCHER_POLL_SECONDS = 0.5
+HEARD = "msm_dist/heard"  # in the store of the process group: reason and signal
+ENDING_SECONDS = 2.0
 
 
 class Interruption:
     """The reason to stop, as this rank heard it and as all ranks agreed."""
 
     def __init__(self, control: dist.ProcessGroup) -> None:
-        self.heard = NONE
-        self.signal = 0
         self.stopping = False
+        # By reason: a handler may come in between any two instructions, and must not be overruled by them.
+        self._signals: dict[int, int] = {}
         self._control = control
+        # A connection of its own: nobody else's wait holds it.
+        self._store = _get_default_store().clone()
         self._agreed = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
 
+    @property
+    def heard(self) -> int:
+        """The reason that weighs most: missing data more than a requeue, that more than a stop."""
+        return max(self._signals, default=NONE)
+
     def hear(self, reason: int, number: int = 0) -> None:
-        """Remember a reason; a requeue weighs more than a stop, missing data more than both."""
-        if reason > self.heard:
-            self.heard, self.signal = reason, number
+        """Remember a reason."""
+        self._signals.setdefault(reason, number)
+
+    def tell(self, reason: int, number: int) -> None:
+        """Let the other ranks know, whatever their and this rank's main threads wait for; for a thread beside it."""
+        # With the host of the store the run has ended.
+        with contextlib.suppress(RuntimeError):
+            self._store.set(HEARD, f"{reason} {number}")
+
+    def heard_anywhere(self) -> bool:
+        """Whether this or another rank has heard a reason, which is then this rank's too. Waits for the store only."""
+        if self.heard == NONE and self._store.check([HEARD]):
+            self.hear(*map(int, self._store.get(HEARD).split()))
+        return self.heard != NONE
 
     def agreed(self) -> int:
-        """What any rank had heard at the previous call; to be called by all ranks, once per step."""
+        """What any rank had heard at the previous call; to be called by all ranks, before the first step and in each.
+
+        A rank that has heard a reason before its call needs data for one step more, none before the first.
+        """
         reason = NONE
         if self._work is not None:
             self._work.wait()
@@ -57,33 +84,74 @@ class Interruption:
 
     def exit_code(self, reason: int) -> int:
         """75 asks for a requeue; else as a shell reports the signal."""
-        return REQUEUE_EXIT_CODE if reason == REQUEUE else 128 + (self.signal or signal.SIGTERM)
+        return REQUEUE_EXIT_CODE if reason == REQUEUE else 128 + self._signals.get(STOP, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def listening(interruption: Interruption, has_launcher: bool) -> Iterator[None]:
-    """Turn signals, and the end of the launcher, into `interruption` for the time of the block."""
+    """Turn signals, and the end of the launcher, into `interruption` for the time of the block.
 
-    received: set[int] = set()
+    USR1 and USR2 that were blocked when this process started, and have waited, are heard at once.
+    """
 
     def on_signal(number: int, frame: object) -> None:
-        if number in STOP_SIGNALS and number in received:
-            os._exit(128 + number)
-        received.add(number)
-        interruption.hear(REQUEUE if number in REQUEUE_SIGNALS else STOP, number)
+        interruption.hear(_reason(number), number)
 
     numbers = (*REQUEUE_SIGNALS, *STOP_SIGNALS, PARENT_DIED)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    if has_launcher:
-        watch_launcher()
+    with _told_beside(interruption):
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
+        if has_launcher:
+            watch_launcher()
+        try:
+            yield
+        finally:
+            # First, so that what was to wait at the start does not end this process now.
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for number, handler in before.items():
+                # Ranks that stop together don't exit at once: srun and the launcher send TERM to the last ones, whose
+                # exit code must be that of the first.
+                ignored = interruption.stopping and number != signal.SIGINT
+                # Nor is a requeue asked of a run that has ended a reason to die with another code than it ended with.
+                ignored = ignored or (number in REQUEUE_SIGNALS and handler == signal.SIG_DFL)
+                signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+@contextlib.contextmanager
+def _told_beside(interruption: Interruption) -> Iterator[None]:
+    """A thread that hears of every signal at once, also while the main thread is in a call that takes for ever."""
+    sender, receiver = socket.socketpair()
+    sender.setblocking(False)
+    thread = threading.Thread(target=_hear_beside, args=(receiver, interruption), daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            # Ranks that stop together don't exit at once: srun and the launcher send TERM to the last ones, whose exit
-            # code must be that of the first.
-            ignored = interruption.stopping and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if ignored else handler)
+        signal.set_wakeup_fd(before)
+        # Closing it would not do: a forked process may hold it too.
+        sender.shutdown(socket.SHUT_RDWR)
+        thread.join(ENDING_SECONDS)
+        sender.close()
+        receiver.close()
+
+
+def _hear_beside(receiver: socket.socket, interruption: Interruption) -> None:
+    """Until the other end is shut: a byte is the number of a signal."""
+    received: set[int] = set()
+    told = NONE
+    while numbers := receiver.recv(1):
+        number = numbers[0]
+        if number in STOP_SIGNALS and number in received:
+            os._exit(128 + number)
+        received.add(number)
+        if (reason := _reason(number)) > told:
+            interruption.tell(reason, number)
+            told = reason
+
+
+def _reason(number: int) -> int:
+    return REQUEUE if number in REQUEUE_SIGNALS else STOP
 
 
 def watch_launcher() -> None:

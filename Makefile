@@ -42,7 +42,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-aot test-engine test-gpu bench tune gpu-session gpu-reference lint doctor clean
+.PHONY: help setup pretrain test test-slurm test-aot test-engine test-gpu bench tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -82,6 +82,14 @@ test: ready ## run all the tests that this machine can run
 # make test takes a few cells of this matrix. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py $(PYTEST_ARGS)
+
+# Part of `make test` where root and Slurm's packages are there; this one installs them, on Debian and Ubuntu.
+test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, requeues, power cuts; needs root
+	@test "$$(id -u)" = 0 || { echo "test-slurm: needs root (packages, network namespaces, daemons)"; exit 2; }
+	@bash tests/cluster/slurm-up.sh install; \
+	export OMP_NUM_THREADS=1 SLURM_LAB_NAME=msm$$(cksum <<< "$$PWD" | cut -c 1-6); \
+	trap 'bash tests/cluster/slurm-up.sh down' EXIT; \
+	$(PY) -m pytest -m slurm $(PYTEST_ARGS)
 
 # Without deepspeed the tests of the engine are left out and named; `bench` says that plain AdamW took its place.
 test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml safetensors pytest pytest-timeout hypothesis

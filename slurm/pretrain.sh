@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # sbatch slurm/pretrain.sh CONFIG [section.key=value ...]: one task per GPU, or per --ntasks-per-node without GPUs.
-# Options given to sbatch override those below, such as --nodes=4 --gpus-per-node=8 --ntasks-per-node=8. On USR1 (5 minutes before the time limit, or at a preemption) the
-# ranks save and exit with 75; then, and only then, this script asks Slurm to run the job again: the same run folder.
+#
+# Options given to sbatch override those below, such as --nodes=4 --gpus-per-node=8 --ntasks-per-node=8. On USR1 or USR2
+# (5 minutes before the time limit, at a preemption, or by hand) the ranks save and exit with 75; then, and only then,
+# this script asks Slurm to run the job again: the same run folder, from the same step. docs/operations.md has the rest.
 #SBATCH --job-name=msm-dist
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -16,10 +18,19 @@ if [ "$#" -eq 0 ]; then
   echo "usage: sbatch slurm/pretrain.sh CONFIG.yaml [section.key=value ...]" >&2
   exit 2
 fi
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "slurm/pretrain.sh is started by sbatch; without Slurm: deepspeed --module msm_dist.pretrain $*" >&2
+  exit 2
+fi
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then
   # shellcheck disable=SC1091
   source .venv/bin/activate
+fi
+if ! python -c 'import msm_dist' 2>/dev/null; then
+  echo "python here ($(command -v python || echo none)) has no msm_dist: submit from the project's folder after" \
+    "\`make setup\`, or activate the environment that has it before sbatch" >&2
+  exit 2
 fi
 
 tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -30,23 +41,36 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
   if [ "$cpus" -eq 0 ]; then cpus=1; fi
   tasks=$SLURM_GPUS_ON_NODE
 fi
+ranks=$((SLURM_JOB_NUM_NODES * tasks))
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((12000 + SLURM_JOB_ID % 18000)) # below the ports that Linux gives away by itself
 export MASTER_ADDR MASTER_PORT
-echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $tasks tasks," \
-  "master $MASTER_ADDR:$MASTER_PORT, $*"
 
+echo "== $(date -Is) ======"
+WORLD_SIZE=$ranks python -m msm_dist.allocation begins "$@"
+echo "tasks      $SLURM_JOB_NUM_NODES nodes x $tasks tasks x $cpus CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node"
+
+# A signal that comes before Python has its handlers stays pending until then.
+hold=(env --block-signal=USR1,USR2)
+if ! "${hold[@]}" true 2>/dev/null; then
+  echo "note       env lacks --block-signal (coreutils 8.31): a USR1 or USR2 during the start is lost"
+  # shellcheck disable=SC2016
+  hold=(bash -c 'trap "" USR1 USR2; exec "$@"' hold)
+fi
 # The tasks get the signals themselves; this shell only has to outlive them.
 trap : TERM USR1 USR2
 code=0
-# Until Python has its handlers a task must not die of a signal that asks for a requeue.
-# shellcheck disable=SC2016
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" \
-  --cpus-per-task="$cpus" --kill-on-bad-exit=1 \
-  bash -c 'trap "" USR1 USR2; exec python -u -m msm_dist.pretrain "$@"' pretrain "$@" || code=$?
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+  --kill-on-bad-exit=1 "${hold[@]}" python -u -m msm_dist.pretrain "$@" || code=$?
+
+# Where a site sends TERM and nothing before it, a preempted job that ends within its grace time counts as failed.
+if [ "$code" -eq 143 ] && scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -Eq 'PreemptTime=[0-9]'; then
+  code=75
+fi
 if [ "$code" -eq 75 ]; then
   echo "job $SLURM_JOB_ID: saved; asking Slurm to run it again"
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+  if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
+  echo "Slurm did not requeue job $SLURM_JOB_ID (sbatch --no-requeue, or cancelled meanwhile)"
 fi
+python -m msm_dist.allocation ended "$code" "$@"
 exit "$code"

@@ -2,13 +2,15 @@
 
 import importlib.util
 import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.cluster import lab as cluster
+from tests.cluster.lab import lab  # noqa: F401 - a fixture
 
 # Triton reads this when a kernel is defined: without a GPU the kernels' tests run in its interpreter.
 if not torch.cuda.is_available():
@@ -37,7 +39,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this machine can't run, and remember it for the summary."""
     left_out: dict[str, list[str]] = defaultdict(list)
-    for mark, lack in (("gpu", _no_gpu), ("slurm", _no_slurm)):
+    for mark, lack in (("gpu", _no_gpu), ("slurm", cluster.lacks)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := lack()):
             left_out[f"{mark} ({reason})"] = [item.nodeid for item in marked]
@@ -59,7 +61,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU on this machine"
-
-
-def _no_slurm() -> str | None:
-    return None if shutil.which("sbatch") else "no Slurm cluster on this machine"

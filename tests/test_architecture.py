@@ -18,7 +18,7 @@ LAYERS = (
     {"model"},
     {"engine", "monitor", "pictures", "profile_summary", "profiling"},
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
-    | {"extension", "initial", "costs", "memory", "sweep"},
+    | {"allocation", "extension", "initial", "costs", "memory", "sweep"},
     {"launch", "doctor"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,266 @@
+"""`sbatch slurm/pretrain.sh` on a real cluster: requeues, power cuts and kills leave the run as if nothing had been.
+
+Each test is a run of the quickstart's model on two nodes that meets one accident and is then compared, bit for bit,
+with a run that met none.
+"""
+
+import copy
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import Lab, standing, steps_done, wait
+from tests.test_pretrain import Runs
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+STEPS = 60
+SETTINGS = [
+    "train.global_batch=16",
+    "train.micro_batch=8",
+    f"train.steps={STEPS}",
+    "train.log_every=1",
+    "train.valid_every=30",
+    "train.valid_clips=16",
+    "train.pictures_every=0",
+    "train.trace=true",
+    "checkpoint.every=10",
+    "data.shuffle_window=16",
+]
+RANK = "python -u -m msm_dist.pretrain"
+
+
+class ClusterRuns(Runs):
+    """Runs of the quickstart's configuration, submitted as jobs."""
+
+    def __init__(self, folder: Path, lab: Lab):
+        super().__init__(folder)
+        self.lab = lab
+        self.config = Path("configs/quickstart.yaml")
+        self.logs = "%j.log"
+
+    def on(self, lab: Lab) -> "ClusterRuns":
+        """The same folder on another cluster."""
+        there = copy.copy(self)
+        there.lab, there.logs = lab, "other-%j.log"
+        return there
+
+    def command(self, name: str, *settings: str) -> list[str]:
+        common = [f"run.dir={self.folder}", f"run.name={name}", f"data.shards={self.train}"]
+        return [str(self.config), *common, f"data.valid_shards={self.valid}", *SETTINGS, *settings]
+
+    def submit(self, name: str, *settings: str, sbatch: tuple[str, ...] = ()) -> str:
+        """A job of two nodes with one task each, unless `sbatch` says otherwise; its number."""
+        log = f"--output={self.folder}/{self.logs}"
+        options = ("--nodes=2", "--cpus-per-task=2", "--time=30", log, *sbatch)
+        return self.lab.sbatch(*options, "slurm/pretrain.sh", *self.command(name, *settings))
+
+    def log(self, job: str) -> str:
+        path = self.folder / self.logs.replace("%j", job)
+        return path.read_text() if path.exists() else "no log yet"
+
+    def tell(self, job: str) -> str:
+        return f"{self.lab.job(job)}\n{self.log(job)}"
+
+    def reach(self, name: str, job: str, step: int) -> None:
+        """Wait until a run has done a step."""
+        self.wait(lambda: steps_done(self.folder / name) >= step, job, f"step {step} of {name}")
+
+    def requeued(self, job: str, times: int) -> None:
+        """Wait until a job was requeued so many times."""
+        self.wait(lambda: self.lab.restarts(job) >= times, job, f"requeue {times}")
+
+    def end(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job when it has ended for good."""
+        self.wait(lambda: self.lab.is_gone(job), job, "the end of the job")
+        return self.lab.job(job)
+
+    def wait(self, ready, job: str, what: str) -> None:
+        """Wait for what a job that goes on may still do."""
+        wait(lambda: ready() or self.lab.is_gone(job), what, tell=lambda: self.tell(job))
+        if not ready():
+            pytest.fail(f"job {job} ended before {what}\n{self.tell(job)}")
+
+    def finish(self, job: str) -> None:
+        assert self.end(job)["JobState"] == "COMPLETED", self.tell(job)
+
+    def is_as_undisturbed(self, name: str) -> None:
+        assert self.losses(name) == self.losses("undisturbed")
+        assert self.trace(name) == self.trace("undisturbed")
+        assert self.weights(name) == self.weights("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> ClusterRuns:
+    runs = ClusterRuns(tmp_path_factory.mktemp("cluster"), lab)
+    runs.finish(runs.submit("undisturbed"))
+    assert len(runs.losses("undisturbed")) >= STEPS
+    return runs
+
+
+def saved_steps(log: str) -> list[int]:
+    return [int(step) for step in re.findall(r"stopped and saved at step (\d+)", log)]
+
+
+def continued_from(log: str) -> list[int]:
+    return [int(step) for step in re.findall(r"continued from \S+step-(\d+)", log)]
+
+
+def test_log_begins_with_what_was_resolved(runs: ClusterRuns) -> None:
+    few = ("train.steps=2", "optim.warmup_steps=0", "train.micro_batch=4")
+    job = runs.submit("resolved", *few, sbatch=("--gpus-per-node=2", "--time=5"))
+    runs.finish(job)
+    log = runs.log(job)
+    assert re.search(rf"job +{job}, first start", log)
+    assert re.search(r"nodes +n\[1-2\]", log)
+    assert re.search(r"ranks +4,", log)
+    assert re.search(r"master +n1:\d+", log)
+    assert f"run folder {runs.folder / 'resolved'}, no checkpoint" in log
+    assert "2 nodes x 2 tasks x 1 CPUs, 2 GPUs a node" in log
+    assert "4 x CPU" in log, "the run itself has as many ranks"
+
+
+def test_bad_configuration_ends_before_any_rank_starts(runs: ClusterRuns) -> None:
+    job = runs.submit("bad", "train.stepz=3")
+    assert runs.end(job)["ExitCode"] == "2:0"
+    log = runs.log(job)
+    assert "train.stepz" in log and "train.steps" in log
+    assert "Traceback" not in log and "srun" not in log
+
+
+def test_signal_to_one_rank_requeues_all(runs: ClusterRuns) -> None:
+    job = runs.submit("one_rank")
+    runs.reach("one_rank", job, 15)
+    runs.lab.kill("n2", "USR1", runs.lab.pids("n2", RANK)[0])
+    runs.requeued(job, 1)
+    runs.finish(job)
+    log = runs.log(job)
+    assert continued_from(log) == saved_steps(log) != [], log
+    assert re.search(rf"job +{job}, restart 1", log)
+    runs.is_as_undisturbed("one_rank")
+
+
+def test_signals_in_a_row_and_during_the_start(runs: ClusterRuns) -> None:
+    job = runs.submit("in_a_row")
+    runs.reach("in_a_row", job, 10)
+    for name in ("USR1", "USR2", "USR1", "TERM"):
+        runs.lab.signal(job, name)
+    runs.requeued(job, 1)
+    # As soon as the ranks of the new start are there: long before Python has its handlers.
+    runs.wait(lambda: runs.lab.job(job)["JobState"] == "RUNNING" and runs.lab.pids("n2", RANK), job, "the second start")
+    runs.lab.signal(job, "USR1")
+    runs.requeued(job, 2)
+    runs.finish(job)
+    log = runs.log(job)
+    assert len(saved_steps(log)) == 2 and continued_from(log) == saved_steps(log), log
+    runs.is_as_undisturbed("in_a_row")
+
+
+def test_time_limit_requeues(runs: ClusterRuns) -> None:
+    job = runs.submit("time_limit", "train.steps=100000", sbatch=("--signal=USR1@40",))
+    runs.reach("time_limit", job, 10)
+    runs.lab.run("scontrol", "update", f"jobid={job}", "EndTime=now+75seconds")
+    runs.requeued(job, 1)
+    runs.wait(lambda: continued_from(runs.log(job)), job, "the second start")
+    log = runs.log(job)
+    assert continued_from(log) == saved_steps(log) != [], log
+    runs.lab.run("scancel", job)
+    runs.end(job)
+
+
+def test_preemption_by_a_higher_partition_requeues(runs: ClusterRuns) -> None:
+    job = runs.submit("preempted", sbatch=("--partition=low", "--exclusive"))
+    runs.reach("preempted", job, 15)
+    other = runs.lab.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    runs.requeued(job, 1)
+    assert runs.end(other)["JobState"] == "COMPLETED"
+    runs.finish(job)
+    log = runs.log(job)
+    assert continued_from(log) == saved_steps(log) != [], log
+    runs.is_as_undisturbed("preempted")
+
+
+def test_preemption_by_term_alone_requeues(runs: ClusterRuns) -> None:
+    # Without preempt_send_user_signal the job's USR1 never comes: TERM is all that says it is preempted.
+    with standing("t", SLURM_LAB_EXTRA="SlurmctldParameters=idle_on_node_suspend") as site:
+        there = runs.on(site)
+        job = there.submit("by_term", sbatch=("--partition=low", "--exclusive"))
+        there.reach("by_term", job, 15)
+        site.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+        there.requeued(job, 1)
+        there.finish(job)
+        log = there.log(job)
+    assert continued_from(log) == saved_steps(log) != [], log
+    runs.is_as_undisturbed("by_term")
+
+
+def test_cancelled_job_saves_and_stays_cancelled(runs: ClusterRuns) -> None:
+    job = runs.submit("cancelled")
+    runs.reach("cancelled", job, 15)
+    runs.lab.run("scancel", job)
+    ended = runs.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    wait(lambda: saved_steps(runs.log(job)), "the save", tell=lambda: runs.tell(job))
+    runs.finish(again := runs.submit("cancelled"))
+    assert continued_from(runs.log(again)) == saved_steps(runs.log(job)) != []
+    runs.is_as_undisturbed("cancelled")
+
+
+def test_node_without_power_requeues(runs: ClusterRuns) -> None:
+    job = runs.submit("power")
+    try:
+        runs.reach("power", job, 25)
+        runs.lab.script("node-kill", "n2")
+        runs.requeued(job, 1)
+    finally:
+        runs.lab.script("node-start", "n2")
+        runs.lab.wait_healthy()
+    runs.finish(job)
+    assert continued_from(runs.log(job)) in ([10], [20], [30]), runs.log(job)
+    runs.is_as_undisturbed("power")
+
+
+def test_killed_rank_ends_the_job_with_a_clear_last_line(runs: ClusterRuns) -> None:
+    job = runs.submit("killed")
+    runs.reach("killed", job, 25)
+    runs.lab.kill("n2", "KILL", runs.lab.pids("n2", RANK)[0])
+    ended = runs.end(job)
+    assert ended["JobState"] == "FAILED"
+    last = runs.log(job).splitlines()[-1]
+    assert re.search(r"exit code 137 .*killed.*newest checkpoint step-0*[123]0; the same command goes on", last), last
+    runs.finish(runs.submit("killed"))
+    runs.is_as_undisturbed("killed")
+
+
+def test_network_cut_between_nodes_ends_the_job(runs: ClusterRuns) -> None:
+    # Slurm still reaches both nodes: only the time-out of collectives can end this.
+    job = runs.submit("cut", "engine.timeout_minutes=0.25")
+    try:
+        runs.reach("cut", job, 15)
+        runs.lab.script("link-cut")
+        ended = runs.end(job)
+    finally:
+        runs.lab.script("link-join")
+    assert ended["JobState"] == "FAILED"
+    log = runs.log(job)
+    assert "another process of the run ended or stopped answering" in log
+    assert "Traceback" not in log
+    assert re.search(r"exit code 1 .*newest checkpoint step-0*[123]0; the same command goes on", log.splitlines()[-1])
+    runs.finish(runs.submit("cut"))
+    runs.is_as_undisturbed("cut")
+
+
+def test_signal_while_a_worker_is_stuck(runs: ClusterRuns) -> None:
+    job = runs.submit("stuck")
+    runs.reach("stuck", job, 15)
+    rank, worker, *_ = runs.lab.pids("n2", RANK)
+    assert worker != rank
+    runs.lab.kill("n2", signal.SIGSTOP.name.removeprefix("SIG"), worker)
+    runs.lab.signal(job, "USR1")
+    runs.requeued(job, 1)
+    runs.finish(job)
+    log = runs.log(job)
+    assert continued_from(log) == saved_steps(log) != [], log
+    runs.is_as_undisturbed("stuck")

@@ -1,12 +1,13 @@
 """The `msm-dist` command. A command's module is imported when it is called: `--help` stays quick."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from msm_dist.errors import reporting
+from msm_dist.errors import ConfigError, reporting
 
 app = typer.Typer(
     help="Pre-train general-purpose audio encoders by masked spectrogram modeling.",
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Argument(help="A YAML file, such as configs/base_audioset.yaml.")]
+Cluster = Literal["slurm", "local", "debug"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.")]
 
 
@@ -25,6 +27,49 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
     from msm_dist.pretrain import main as run
 
     raise typer.Exit(run([config, *(overrides or [])]))
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Number of nodes.", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node; one task each.", min=0)] = 0,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Tasks of a node without GPUs.", min=1)] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="CPUs of a task.", min=1)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition; else the profile's, or the site's own.")] = None,
+    time: Annotated[str, typer.Option(help="Limit of a start, such as 90 (minutes), 12:00:00 or 2-12.")] = "24:00:00",
+    cluster: Annotated[Cluster, typer.Option(help="Where: Slurm, this machine, or this very process.")] = "slurm",
+    profile: Annotated[Path | None, typer.Option(help="A cluster profile, as slurm/cluster.example.yaml.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what sbatch would get; write nothing.")] = False,
+    max_timeouts: Annotated[int, typer.Option(help="Time-outs after which a job is not requeued.", min=0)] = 30,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings to vary, A=1,2 B=3,4, or files of configs/sweeps/; all words to the next option."),
+    ] = None,
+    max_parallel: Annotated[int | None, typer.Option(help="Jobs of a sweep at a time.", min=1)] = None,
+) -> None:
+    """Run on a Slurm cluster, requeued and continued after preemptions and time-outs; or a sweep, one job each."""
+    from msm_dist.admission import Request
+    from msm_dist.submission import submit as run
+
+    request = Request(
+        config,
+        tuple(overrides or ()),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        partition=partition,
+        time=time,
+        cluster=cluster,
+        profile=profile,
+        dry_run=dry_run,
+        max_timeouts=max_timeouts,
+        sweep=tuple(sweep or ()),
+        max_parallel=max_parallel,
+    )
+    raise typer.Exit(run(request))
 
 
 @app.command()
@@ -59,10 +104,28 @@ def doctor(fix: Annotated[bool, typer.Option("--fix", help="Repair what can be r
     raise typer.Exit(run_doctor(fix))
 
 
+def spread_sweep(words: Sequence[str]) -> list[str]:
+    """The command line with `--sweep A B C` as `--sweep A --sweep B --sweep C`, up to the next option.
+
+    Raises ConfigError for a sweep of nothing.
+    """
+    spread: list[str] = []
+    in_sweep = False
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        if word.startswith("-"):
+            in_sweep = word == "--sweep"
+            if in_sweep and following.startswith("-"):
+                raise ConfigError("--sweep: names nothing to vary; write --sweep data.crop_frames=96,208 or a file")
+            spread += [] if in_sweep else [word]
+        else:
+            spread += ["--sweep", word] if in_sweep else [word]
+    return spread
+
+
 def main() -> None:
     """Entry point: user errors become one message and exit code 2."""
     # The group is imported here, for its commands to appear in the help; its heavy imports wait as the others do.
     from msm_dist.data.commands import app as data_app
 
     app.add_typer(data_app, name="data", help="Make, check and measure shards.")
-    sys.exit(reporting(lambda: app(standalone_mode=True)))
+    sys.exit(reporting(lambda: app(spread_sweep(sys.argv[1:]), standalone_mode=True)))

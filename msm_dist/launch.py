@@ -1,0 +1,280 @@
+"""A run as a submitit job: what its ranks execute, and the executors that start it.
+
+In: the path of a resolved configuration. Out: the run itself. A preempted or timed-out job is saved by all ranks
+together at a step boundary; only then rank 0 hands over to submitit, whose handler puts the job back into the queue:
+no collective can run inside of a signal handler. The callable holds nothing but text, so that an old pickle fits.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import JobPaths, UncompletedJobError
+
+from msm_dist.errors import ConfigError, reporting
+from msm_dist.site import Site
+
+REQUEUE_EXIT_CODE = 75
+"""As msm_dist.engine.preempt has it, whose module imports torch."""
+FIRST_PORT, PORTS = 12000, 18000
+"""Ports for the ranks' rendezvous: below those that Linux gives away by itself."""
+REQUEUE_SECONDS = 300
+"""How long ranks wait, saved, for rank 0's requeue to end them; submitit's own limit for it is 60 s."""
+HOLD_SIGNALS = ("env", "--block-signal=USR1,USR2")
+"""A signal that comes while Python imports stays pending until the handlers stand. Needs coreutils 8.31."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a job asks for."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    minutes: int
+    partition: str | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.tasks_per_node
+
+
+class PretrainJob:
+    """What submitit runs on every rank: the run of a configuration file, started anew or continued."""
+
+    def __init__(self, config: str):
+        self.config = config
+
+    def __call__(self) -> int:
+        """0 when the run is finished; every other end leaves the process with the run's exit code."""
+        environment = submitit.JobEnvironment()
+        requeue = signal.getsignal(_signal(environment))  # submitit's; the run takes the signal over for its time
+        if environment.cluster == "local":
+            # Nothing to save before the run listens itself; submitit would ignore it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            exit_code_path(environment.paths).unlink(missing_ok=True)
+        if environment.cluster != "debug":
+            _join(environment)
+        code = reporting(self._run)
+        if environment.cluster == "local":
+            exit_code_path(environment.paths).write_text(str(code))
+        if code == 0:
+            return 0
+        if code == REQUEUE_EXIT_CODE and callable(requeue):
+            _requeue(environment, requeue)
+        sys.exit(code)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same job again; the run folder knows where to go on."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _run(self) -> int:
+        from msm_dist.allocation import announce, conclude
+        from msm_dist.config import load_config
+
+        speaks = os.environ.get("RANK", "0") == "0"
+        cfg = load_config(self.config)
+        if speaks and "WORLD_SIZE" in os.environ:
+            print(f"code       {Path(__file__).parent.parent}\n{announce(cfg, os.environ)}", flush=True)
+        from msm_dist import pretrain
+
+        code = pretrain.main([self.config])
+        if speaks:
+            print(conclude(cfg, code), flush=True)
+        return code
+
+
+def _join(environment: submitit.JobEnvironment) -> None:
+    """Export the launcher's common names. DeepSpeed chooses the device by LOCAL_RANK."""
+    job = int(environment.raw_job_id)
+    os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if environment.global_rank == 0:
+        # Left behind by a requeue that was killed in the middle; submitit would not start another.
+        pickled = environment.paths.submitted_pickle
+        pickled.with_suffix(f"{pickled.suffix}.save_tmp").unlink(missing_ok=True)
+
+
+def _requeue(environment: submitit.JobEnvironment, handler: Any) -> None:
+    """All ranks have saved: rank 0 asks for the requeue, which ends the others. Comes back when there is none."""
+    if environment.global_rank != 0:
+        if environment.cluster == "local":
+            return  # the local controller waits for every rank to end by itself
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(REQUEUE_SECONDS)
+        return
+    again = "submit the same command again to go on"
+    try:
+        handler(_signal(environment), None)
+    except UncompletedJobError as error:
+        print(f"msm-dist: saved, but not to be run again by itself: {error} {again.capitalize()}", file=sys.stderr)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"msm-dist: saved, but Slurm did not take the requeue ({error}); {again}", file=sys.stderr)
+
+
+def _signal(environment: submitit.JobEnvironment) -> signal.Signals:
+    """The signal that submitit has Slurm send, and handles."""
+    return signal.Signals[f"SIG{environment.USR_SIG}"]
+
+
+def exit_code_path(paths: JobPaths) -> Path:
+    """Where a rank of a local job leaves its exit code, which submitit's controller does not tell."""
+    return paths.stdout.with_suffix(".code")
+
+
+def parse_minutes(text: str) -> int:
+    """Slurm's forms of a time as whole minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
+    matched = re.fullmatch(r"(?:(?P<days>\d{1,4})-)?(?P<parts>\d{1,7}(?::\d{1,2}){0,2})", text)
+    parts = [int(part) for part in matched["parts"].split(":")] if matched else []
+    if matched and matched["days"] is not None:
+        seconds = _seconds(int(matched["days"]), *parts)
+    elif len(parts) == 3:
+        seconds = _seconds(0, *parts)
+    else:
+        seconds = _seconds(0, 0, *parts)
+    if not seconds:
+        raise ConfigError(
+            f"--time {text}: must be a time above zero as minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            "days-hours:minutes or days-hours:minutes:seconds, such as 90, 12:00:00 or 2-12"
+        )
+    return math.ceil(seconds / 60)
+
+
+def _seconds(days: int = 0, hours: int = 0, minutes: int = 0, seconds: int = 0) -> int:
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def check_environment(cluster: str) -> None:
+    """Whether this machine has what submitting needs. Raises ConfigError."""
+    if cluster == "slurm" and (missing := [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]):
+        raise ConfigError(
+            f"no Slurm on this machine ({missing[0]} is not found): submit from a login node, see what would be "
+            "submitted with --dry-run, or run here with --cluster local"
+        )
+    if subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True).returncode != 0:
+        raise ConfigError(
+            f"`{' '.join(HOLD_SIGNALS)}` does not work here: GNU coreutils 8.31 or newer is needed, here and on the "
+            "nodes; put one into PATH"
+        )
+
+
+def slurm_executor(folder: Path, name: str, wants: Allocation, site: Site, code: Path, max_timeouts: int) -> Any:
+    """A SlurmExecutor for jobs with these wants, whose files go to `folder` and whose code is in `code`."""
+    executor_class = submitit.SlurmExecutor
+    if not shutil.which("srun"):
+        # On paper a job may be written without Slurm; check_environment is what refuses to submit it.
+        executor_class = type("SlurmExecutor", (executor_class,), {"affinity": classmethod(lambda cls: 2)})
+    executor = executor_class(folder, max_num_timeout=max_timeouts, python=_python(site, folder))
+    executor.update_parameters(
+        job_name=name,
+        partition=wants.partition,
+        time=wants.minutes,
+        nodes=wants.nodes,
+        ntasks_per_node=wants.tasks_per_node,
+        cpus_per_task=wants.cpus_per_task,
+        **_gpus(wants.gpus_per_node, site.gres),
+        account=site.account,
+        qos=site.qos,
+        constraint=site.constraint,
+        exclude=site.exclude,
+        mem=site.mem,
+        signal_delay_s=site.signal_seconds,
+        setup=_setup(site, code),
+        stderr_to_stdout=True,
+        wckey=None,
+        additional_parameters={"requeue": True, **site.sbatch},
+        srun_args=_srun(wants, site, folder),
+    )
+    return executor
+
+
+def slurm_text(executor: Any, count: int, max_parallel: int | None) -> str:
+    """What would be submitted for so many jobs; submitit's own text."""
+    spread_over(executor, count, max_parallel)
+    if count > 1:
+        executor.parameters["map_count"] = count
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def spread_over(executor: Any, count: int, max_parallel: int | None) -> None:
+    """Make an executor's next batch an array of `count` jobs, each with a log of its own."""
+    if count > 1:
+        log = f"--output={JobPaths(executor.folder).stdout}".replace("%j", "%A_%a").replace("%t", "0")
+        words = [log if word.startswith("--output=") else word for word in executor.parameters["srun_args"]]
+        executor.update_parameters(srun_args=words, array_parallelism=max_parallel or count)
+
+
+def local_executor(folder: Path, wants: Allocation, site: Site, max_timeouts: int) -> submitit.LocalExecutor:
+    """An executor for jobs on this machine, one process per rank."""
+    python = shlex.join([*HOLD_SIGNALS, sys.executable])
+    executor = submitit.LocalExecutor(folder, max_num_timeout=max_timeouts, python=python)
+    executor.update_parameters(
+        timeout_min=wants.minutes,
+        signal_delay_s=site.signal_seconds,
+        tasks_per_node=wants.tasks_per_node,
+        gpus_per_node=wants.gpus_per_node,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
+def _python(site: Site, folder: Path) -> str:
+    """The words that start Python on a node, for a shell."""
+    words = [*HOLD_SIGNALS]
+    if site.container is None:
+        words.append(site.python or sys.executable)
+    elif site.container.runtime == "pyxis":
+        words.append(site.container.python)
+    else:
+        binds = [word for mount in _mounts(site, folder) for word in ("--bind", mount)]
+        words += ["apptainer", "exec", "--nv", "--pwd", os.getcwd(), *binds]
+        words += [site.container.image, site.container.python]
+    return shlex.join(words)
+
+
+def _srun(wants: Allocation, site: Site, folder: Path) -> list[str]:
+    words = [
+        "--kill-on-bad-exit=1",
+        f"--cpus-per-task={wants.cpus_per_task}",  # since 22.05 srun does not take it over from sbatch
+        f"--output={JobPaths(folder).stdout}".replace("%t", "0"),  # one log for all ranks
+        "--open-mode=append",
+    ]
+    if site.container and site.container.runtime == "pyxis":
+        words.append(f"--container-image={site.container.image}")
+        words.append(f"--container-mounts={','.join(_mounts(site, folder))}")
+        words.append(f"--container-workdir={os.getcwd()}")
+    return [*words, *site.srun]
+
+
+def _mounts(site: Site, folder: Path) -> list[str]:
+    """The container's mounts as HOST:CONTAINER: the profile's, the folder of submission and the run's."""
+    own = [os.getcwd(), str(folder.parent)]
+    return list(
+        dict.fromkeys(mount if ":" in mount else f"{mount}:{mount}" for mount in (*own, *site.container.mounts))
+    )
+
+
+def _setup(site: Site, code: Path) -> list[str]:
+    """The profile's lines, and what makes Python take the snapshot, not what is installed or in this folder."""
+    exports = {name: str(value) for name, value in site.environment.items()}
+    lines = [*site.setup, *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
+    inherited = "" if site.container else "${PYTHONPATH:+:$PYTHONPATH}"
+    return [*lines, "export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(str(code))}{inherited}"]
+
+
+def _gpus(count: int, gres: str | None) -> dict[str, Any]:
+    if count == 0 or gres == "none":
+        return {}
+    return {"gpus_per_node": count} if gres is None else {"gres": gres.replace("{gpus}", str(count))}

@@ -86,6 +86,17 @@ def plan(
 
 
 @app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder of run folders, or one above it.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each run, on a line.")] = False,
+) -> None:
+    """List the runs below a folder: state, job, step, losses, speed."""
+    from msm_dist.runs import show_runs
+
+    show_runs(folder, as_json)
+
+
+@app.command()
 def compare(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     reference: Annotated[Path, typer.Argument(help="A reference run, such as docs/reference/quickstart.")],

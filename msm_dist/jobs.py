@@ -23,6 +23,8 @@ ACTIVE = {"RUNNING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT", "SUSPE
 class Job:
     """A job's state as Slurm writes it, such as PENDING, why it waits, its exit code, and when it ended (Unix time)."""
 
+    name: str
+    """Its number as squeue shows it: 12_3 also for a task of an array that has a number of its own."""
     state: str
     reason: str = ""
     exit_code: int = 0
@@ -48,7 +50,7 @@ def waiting_and_running() -> Jobs:
     of_number = Counter(number for _, number, _, _ in rows)
     jobs: dict[str, Job] = {}
     for shown, number, state, reason in rows:
-        job = Job(state, "" if reason == "None" else reason)
+        job = Job(shown, state, "" if reason == "None" else reason)
         jobs[shown] = job
         if of_number[number] == 1:
             jobs[number] = job
@@ -69,7 +71,7 @@ def ended(numbers: Iterable[str]) -> Jobs:
         if len(row) == 5:
             # "CANCELLED by 1000", "143:0"
             state, code = row[2].partition(" ")[0], row[3].partition(":")[0]
-            job = Job(state, exit_code=int(code) if code.isdigit() else 0, ended=_moment(row[4]))
+            job = Job(row[0], state, exit_code=int(code) if code.isdigit() else 0, ended=_moment(row[4]))
             jobs[row[0]] = jobs[row[1]] = job
     return Jobs(jobs, answered=True)
 

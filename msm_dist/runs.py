@@ -84,16 +84,17 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
 
 def _run(root: Path, folder: Path, seen: Traces, queue: Jobs, past: Jobs, now: float) -> Run:
     active = next((number for number in seen.numbers if number in queue.by_number), None)
-    job = active or next(iter(seen.numbers), None)
+    number = active or next(iter(seen.numbers), None)
     if seen.is_alive:
-        job = seen.owner_number
-        active = job if active == job else None  # another job, which waits for the owner to end, says nothing of it
+        number = seen.owner_number
+        active = number if active == number else None  # a job that waits for the owner to end says nothing of it
     state, note = _state(seen, queue.by_number.get(active or ""), queue, past)
+    known = queue.by_number.get(number or "") or past.by_number.get(number or "")
     return Run(
         run=_printable(str(folder.relative_to(root)) if folder != root else root.resolve().name),
         state=state,
         note=_printable(note),
-        job=_printable(job or seen.local_job or "") or None,
+        job=_printable((known.name if known else number) or seen.local_job or "") or None,
         step=seen.step,
         total_steps=seen.total_steps,
         loss=seen.loss,

@@ -162,9 +162,10 @@ def test_what_squeue_says_of_a_job(tmp_path: Path, programs: Path) -> None:
     Folder(runs / "lost").submit("11")
     Folder(runs / "requeued").start().save(10).lock(job="12")
     Folder(runs / "started").start().lock(age=1e4, job="10")
+    Folder(runs / "saved").start().save(10).write("environment.json", {"job": "14"})
     Folder(runs / "suspended").start().lock(age=1e4, job="13")
     rows = ["7_2|7|PENDING|JobArrayTaskLimit", "7_3|7|PENDING|Priority", "9|9|PENDING|JobHeldUser"]
-    rows += ["7_1|10|RUNNING|None", "12|12|PENDING|BeginTime", "13|13|SUSPENDED|None"]
+    rows += ["7_1|10|RUNNING|None", "12|12|PENDING|BeginTime", "13|13|SUSPENDED|None", "14|14|PENDING|BeginTime"]
     calls = program(programs, SQUEUE, "\n".join(f"echo '{row}'" for row in rows))
     found, complaints = find_runs(runs)
     assert {run.run: (run.state, run.note, run.job) for run in found} == {
@@ -174,7 +175,8 @@ def test_what_squeue_says_of_a_job(tmp_path: Path, programs: Path) -> None:
         "local": ("submitted", "", "9"),
         "lost": ("never started", "", "11"),
         "requeued": ("queued", "BeginTime", "12"),
-        "started": ("running", "", "10"),
+        "saved": ("queued", "BeginTime", "14"),
+        "started": ("running", "", "7_1"),
         "suspended": ("running", "suspended", "13"),
     }
     assert not complaints

@@ -14,10 +14,11 @@ KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 KILL=stuck:S         nobody dies; the loader worker of KILL_RANK blocks for ever in the read of step S
 KILL=stopped:S       nobody dies; ... stops there by SIGSTOP
 KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
-KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until the file of MARK is gone
+KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until there is a file MARK.go
+KILL=both:S          nobody dies; after step S KILL_RANK cuts the shards short, the others send themselves USR1
 KILL_RANK=all        means every rank
 
-A process that is where KILL wants it says so by making the file MARK names.
+For stuck to pause: a process that is where it is wanted says so by making the file that MARK names.
 """
 
 import errno
@@ -105,11 +106,17 @@ def mark():
 def pausing(action):
     def paused(*arguments, **options):
         mark()
-        while Path(os.environ["MARK"]).exists():
+        while not Path(os.environ["MARK"] + ".go").exists():
             time.sleep(0.01)
         return action(*arguments, **options)
 
     return paused
+
+
+def asking(run, *rest):
+    if run.step == int(number):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return stop_if_skipped(run, *rest)
 
 
 def dying(write):
@@ -138,8 +145,10 @@ if what == "slow":
     pretrain.stop_if_skipped = slowly
 if mine and what in ("nan", "inf"):
     pretrain.forward = poisoned
-if mine and what == "truncate":
+if mine and what in ("truncate", "both"):
     pretrain.stop_if_skipped = truncating
+if what == "both" and not mine:
+    pretrain.stop_if_skipped = asking
 if what == "disk":
     checkpoint._write_state = slow_disk
 if what == "beside":

@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,8 @@ PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 5.0
 LATE_SECONDS = 1.0
 LATE = "DataLoader timed out"  # how DataLoader's RuntimeError begins; the batch can be asked for again
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,13 @@ class Loader:
             worker.kill()
         deadline = time.monotonic() + KILL_SECONDS
         for worker in self._workers:
-            # A read that hangs in the kernel outlives even SIGKILL.
             worker.join(max(0.0, deadline - time.monotonic()))
+        if left := [worker for worker in self._workers if worker.is_alive()]:
+            # A read that hangs in the kernel outlives even SIGKILL. Neither does multiprocessing wait for it at exit,
+            # nor DataLoader, for 10 s each, when its iterator goes.
+            log.warning("loader workers %s hang in a read that nothing ends; they are left", [w.pid for w in left])
+            multiprocessing.process._children.difference_update(left)
+            atexit.register(lambda kept: None, self._batches)
 
 
 def make_loader(

@@ -1,0 +1,200 @@
+"""Signals to real processes at every kind of moment: saved, the documented exit code, and nothing lost or changed."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msm_dist.engine.checkpoint import is_complete
+from tests.forking import Forked, Forker
+from tests.processes import HERE, free_port, rank_environment
+from tests.test_pretrain import STEPS, Runs, finish, wait_for
+
+pytestmark = pytest.mark.distributed
+
+USR1, USR2, TERM = signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM
+# Of those that stop after a signal: long before the 60 s after which a run that waits for a read would be given up.
+SECONDS_TO_STOP = 30
+
+
+class ForkedRuns(Runs):
+    """Runs whose ranks are forks, for one scenario after the other."""
+
+    def __init__(self, folder: Path, forker: Forker):
+        super().__init__(folder)
+        self.forker = forker
+        self.mark, self.go = folder / "mark", folder / "mark.go"
+
+    def start(self, name: str, *settings: str, ranks: int = 2, blocked: bool = False, **environment: str):
+        port = free_port()
+        for path in (self.mark, self.go):
+            path.unlink(missing_ok=True)
+        environment["MARK"] = str(self.mark)
+        command = self.worker(name, *settings)
+        return [
+            self.forker.start(command, rank_environment(rank, ranks, port) | environment, blocked)
+            for rank in range(ranks)
+        ]
+
+    def worker(self, name: str, *settings: str) -> list[str]:
+        return [str(HERE / "pretrain_worker.py"), *self.command(name, *settings)]
+
+    def reach(self, name: str, *settings: str, **options) -> list[Forked]:
+        """Ranks of which those of KILL_RANK are where KILL wants them."""
+        processes = self.start(name, *settings, **options)
+        wait_for(self.mark.exists, processes)
+        return processes
+
+    def newest(self, name: str) -> int:
+        """Step of the newest checkpoint, which is whole."""
+        folder = self.folder / name / "checkpoints"
+        newest = max(path for path in folder.iterdir() if path.suffix != ".partial")
+        assert is_complete(newest)
+        return int(newest.name.removeprefix("step-"))
+
+    def is_as_undisturbed(self, name: str, undisturbed: str = "undisturbed") -> None:
+        assert self.losses(name) == self.losses(undisturbed)
+        assert self.trace(name) == self.trace(undisturbed)
+        assert self.weights(name) == self.weights(undisturbed)
+        assert self.last_checkpoint(name) == self.last_checkpoint(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.closing(Forker(folder)) as forker:
+        runs = ForkedRuns(folder, forker)
+        codes, output = runs.run("undisturbed", "train.pictures_every=9")
+        assert codes == [0, 0], output
+        yield runs
+
+
+def ended(processes, seconds: float = SECONDS_TO_STOP) -> tuple[list[int], str]:
+    return finish(processes, timeout=seconds, end_peers=False)
+
+
+def send(process, *numbers: int) -> None:
+    for number in numbers:
+        process.send_signal(number)
+
+
+def waits(process) -> bool:
+    """Whether a process does nothing: none of its threads used the processor for half a second."""
+
+    def used() -> list[str]:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    before = used()
+    time.sleep(0.5)
+    return used() == before
+
+
+def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
+    def stops(kill: str, rank: str, first: dict[int, tuple], then: dict[int, tuple], code: int, step: int, **options):
+        """A start that is sent signals once it is where it is wanted, more of them once it waits, and is let go on."""
+        processes = runs.reach("signals", "train.pictures_every=9", KILL=kill, KILL_RANK=rank, **options)
+        for number in first:
+            send(processes[number], *first[number])
+        if then:
+            wait_for(lambda: waits(processes[0]) and waits(processes[1]), processes)
+        for number in then:
+            send(processes[number], *then[number])
+        runs.go.touch()
+        codes, output = ended(processes)
+        assert codes == [code, code], f"{kill}: {output}"
+        assert "Traceback" not in output
+        assert runs.newest("signals") == step, f"{kill}: {output}"
+
+    burst = (USR2,) * 50
+    # The start: heard while the engine is built. What was not trained is saved, or is the newest checkpoint already.
+    stops("pause:build", "0", {1: (USR2,)}, {}, 75, 0, blocked=True)
+    # A worker stuck in the read of a step: the signal goes to the rank itself, or to one that waits in a collective.
+    stops("stuck:3", "1", {}, {0: (USR1,)}, 75, 2)
+    stops("stopped:3", "0", {}, {1: (TERM, USR1)}, 75, 2)
+    stops("stuck:4", "0", {}, {0: (TERM,)}, 143, 3)
+    # A write beside training, then the last save that waits for it.
+    stops("pause:write", "all", {0: (USR1, USR1)}, {0: (TERM,), 1: burst}, 75, 5)
+    stops("pause:validate", "all", {0: burst, 1: burst}, {}, 75, 8)
+    stops("pause:draw", "0", {0: (TERM,), 1: (USR1, TERM)}, {}, 75, 10)
+    # After the last step nothing is left to stop.
+    stops("pause:export", "0", {0: (*burst, TERM), 1: (USR1,)}, {}, 0, STEPS)
+    runs.is_as_undisturbed("signals")
+
+
+def test_signal_that_waits_while_python_starts_stops_the_run_before_its_first_step(runs):
+    settings = ("train.steps=3", "data.valid_shards=null")
+    codes, output = runs.run("alone", *settings, ranks=1)
+    assert codes == [0], output
+
+    def stops(sign: str, *sent: int):
+        process = subprocess.Popen(
+            ["env", "--block-signal=USR1,USR2", sys.executable, *runs.worker("waiting", *settings)],
+            env=rank_environment(0, 1, free_port()),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        files = Path(f"/proc/{process.pid}")
+        wait_for(lambda: is_blocked(files) and sign in (files / "maps").read_text(), [process])
+        send(process, *sent)
+        codes, output = ended([process], 60)
+        assert codes == [75], output
+        assert "stopped and saved at step 0" in output
+        assert runs.newest("waiting") == 0
+
+    stops("", USR1)
+    stops("libtorch_cpu", USR2, USR1)
+    codes, output = runs.run("waiting", *settings, ranks=1)
+    assert codes == [0], output
+    assert "continued from" in output
+    runs.is_as_undisturbed("waiting", "alone")
+
+
+def is_blocked(files: Path) -> bool:
+    blocked = int((files / "status").read_text().partition("SigBlk:")[2].split()[0], 16)
+    return bool(blocked >> (USR1 - 1) & 1)
+
+
+def test_second_term_ends_a_rank_that_waits_for_another_and_leaves_the_newest_checkpoint(runs):
+    processes = runs.reach("twice", KILL="pause:validate", KILL_RANK="1")
+    wait_for(lambda: waits(processes[0]) and runs.newest("twice") == 4, processes)
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while processes[0].poll() is None:
+        assert time.monotonic() < deadline
+        send(processes[0], TERM)
+        time.sleep(0.1)
+    assert (processes[0].returncode, processes[1].poll()) == (143, None)
+    processes[1].kill()
+    processes[1].communicate()
+    assert runs.newest("twice") == 4
+
+
+def test_worker_that_nothing_ends_does_not_hold_the_exit(runs):
+    process = Runs.start(runs, "undead", ranks=1, KILL="undead:2", MARK=str(runs.folder / "undead.mark"))[0]
+    wait_for((runs.folder / "undead.mark").exists, [process])
+    send(process, USR1)
+    codes, output = ended([process])
+    assert codes == [75], output
+    (fifo,) = runs.folder.glob("undead.mark.fifo.*")
+    worker = Path(f"/proc/{fifo.suffix.removeprefix('.')}/stat")
+    assert not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_missing_data_weighs_more_than_a_requeue_and_both_are_saved(runs, tmp_path):
+    shards = shutil.copytree(runs.train, tmp_path / "shards")
+    settings = (f"data.shards={shards}", "data.num_workers=0")
+    processes = runs.start("both", *settings, KILL="both:3", KILL_RANK="1")
+    codes, output = ended(processes, 60)
+    assert codes == [2, 2], output
+    assert "its index says" in output
+    assert runs.newest("both") == 4
+    shutil.rmtree(shards)
+    shutil.copytree(runs.train, shards)
+    codes, output = runs.run("both", *settings)
+    assert codes == [0, 0], output
+    runs.is_as_undisturbed("both")

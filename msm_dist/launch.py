@@ -5,6 +5,7 @@ together at a step boundary; only then rank 0 hands over to submitit, whose hand
 no collective can run inside of a signal handler. The callable holds nothing but text, so that an old pickle fits.
 """
 
+import logging
 import math
 import os
 import re
@@ -30,6 +31,7 @@ FIRST_PORT, PORTS = 12000, 18000
 """Ports for the ranks' rendezvous: below those that Linux gives away by itself."""
 REQUEUE_SECONDS = 300
 """How long ranks wait, saved, for rank 0's requeue to end them; submitit's own limit for it is 60 s."""
+AGAIN = "submit the same command again to go on"
 HOLD_SIGNALS = ("env", "--block-signal=USR1,USR2")
 """A signal that comes while Python imports stays pending until the handlers stand. Needs coreutils 8.31."""
 
@@ -59,6 +61,7 @@ class PretrainJob:
 
     def __call__(self) -> int:
         """0 when the run is finished; every other end leaves the process with the run's exit code."""
+        _speak_once()
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(_signal(environment))  # submitit's; the run takes the signal over for its time
         if environment.cluster == "local":
@@ -96,6 +99,13 @@ class PretrainJob:
         return code
 
 
+def _speak_once() -> None:
+    """Make submitit say everything once: warnings go to both of its streams, which are one file, and to our logger."""
+    logger = logging.getLogger("submitit")
+    logger.propagate = False
+    logger.handlers = [handler for handler in logger.handlers if handler.level < logging.WARNING]
+
+
 def _join(environment: submitit.JobEnvironment) -> None:
     """Export the launcher's common names. DeepSpeed chooses the device by LOCAL_RANK."""
     job = int(environment.raw_job_id)
@@ -112,16 +122,16 @@ def _requeue(environment: submitit.JobEnvironment, handler: Any) -> None:
     if environment.global_rank != 0:
         if environment.cluster == "local":
             return  # the local controller waits for every rank to end by itself
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE_EXIT_CODE))
         time.sleep(REQUEUE_SECONDS)
         return
-    again = "submit the same command again to go on"
     try:
         handler(_signal(environment), None)
     except UncompletedJobError as error:
-        print(f"msm-dist: saved, but not to be run again by itself: {error} {again.capitalize()}", file=sys.stderr)
+        reason = str(error).removeprefix("Job not requeued because: ").rstrip(".")
+        print(f"msm-dist: saved, but not started again: {reason}; {AGAIN}", file=sys.stderr)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"msm-dist: saved, but Slurm did not take the requeue ({error}); {again}", file=sys.stderr)
+        print(f"msm-dist: saved, but Slurm did not take the requeue ({error}); {AGAIN}", file=sys.stderr)
 
 
 def _signal(environment: submitit.JobEnvironment) -> signal.Signals:

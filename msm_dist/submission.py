@@ -30,6 +30,7 @@ from msm_dist.config import dump_config
 from msm_dist.errors import ConfigError
 from msm_dist.files import write_atomically
 from msm_dist.launch import (
+    AGAIN,
     REQUEUE_EXIT_CODE,
     Allocation,
     PretrainJob,
@@ -166,7 +167,7 @@ def run_on_this_machine(request: Request, wants: Allocation, site: Site, home: P
     # A rank that lost its peers says 1; the one that they lost knows better.
     code = next((code for code in codes if code > 1), max(codes))
     if code == REQUEUE_EXIT_CODE:
-        print("msm-dist: saved, and not started again; submit the same command again to go on", file=sys.stderr)
+        print(f"msm-dist: saved, but not started again; {AGAIN}", file=sys.stderr)
     return code
 
 

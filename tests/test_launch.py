@@ -1,0 +1,369 @@
+"""`msm-dist submit` without a cluster: what sbatch would get, what is refused, and jobs of submitit's own executors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msm_dist import admission, launch
+from msm_dist.admission import Request, allocation, job_state, refuse_running, variants
+from msm_dist.cli import spread_sweep
+from msm_dist.config import Config
+from msm_dist.errors import ConfigError
+from msm_dist.launch import parse_minutes, slurm_executor, slurm_text
+from msm_dist.site import Container, Site
+from msm_dist.submission import outside_of_jobs
+from tests.processes import HERE
+from tests.test_pretrain import Runs, wait_for
+
+MINUTES = {
+    "90": 90,
+    "0:30": 1,
+    "10:01": 11,
+    "12:00:00": 720,
+    "2-12": 60 * 60,
+    "1-02:03": 24 * 60 + 123,
+    "1-02:03:04": 24 * 60 + 124,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("submitted"))
+
+
+def submit(runs: Runs, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(runs, name, *words), env=environment_of(environment), **OPTIONS, timeout=240)
+
+
+def command(runs: Runs, name: str, *words: str) -> list[str]:
+    return [sys.executable, str(HERE.parent / "slurm" / "submit.py"), *runs.command(name), *words]
+
+
+OPTIONS = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": HERE.parent}
+
+
+def environment_of(own: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | own
+
+
+@pytest.mark.parametrize(("text", "minutes"), MINUTES.items())
+def test_times_are_read_as_slurm_reads_them(text, minutes):
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:00", "1-2-3", "1:2:3:4", "-5", "2 h", "1-", "unlimited", "1:2:3.5"])
+def test_other_times_are_refused_with_the_forms_there_are(text):
+    with pytest.raises(ConfigError, match="days-hours:minutes:seconds, such as 90, 12:00:00 or 2-12"):
+        parse_minutes(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "spread"),
+    [
+        ("submit c a=1 --nodes 2", "submit c a=1 --nodes 2"),
+        ("submit c --sweep a=1,2 b=3 --dry-run", "submit c --sweep a=1,2 --sweep b=3 --dry-run"),
+        ("submit --sweep a=1 b=2 --nodes 2 c --sweep d=1", "submit --sweep a=1 --sweep b=2 --nodes 2 c --sweep d=1"),
+        ("submit c --sweep=a=1 b=2", "submit c --sweep=a=1 b=2"),
+    ],
+)
+def test_sweep_takes_all_words_up_to_the_next_option(words, spread):
+    assert spread_sweep(words.split()) == spread.split()
+
+
+@pytest.mark.parametrize("words", ["submit c --sweep", "submit c --sweep --dry-run"])
+def test_sweep_of_nothing_is_refused(words):
+    with pytest.raises(ConfigError, match="--sweep: names nothing to vary"):
+        spread_sweep(words.split())
+
+
+def script(folder: Path, site: Site, count: int = 1, max_parallel: int | None = None, **wants: object) -> list[str]:
+    defaults = {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 6, "minutes": 90}
+    asked = launch.Allocation(**(defaults | {"partition": "gpu"} | wants))
+    executor = slurm_executor(folder / "submission", "name", asked, site, folder / "code", max_timeouts=30)
+    return slurm_text(executor, count, max_parallel).splitlines()
+
+
+def test_script_asks_for_a_task_per_gpu_a_requeue_and_a_signal_in_time(tmp_path):
+    lines = script(tmp_path, Site())
+    assert {
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --cpus-per-task=6",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --time=90",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=USR2@300",
+        f"#SBATCH --output={tmp_path}/submission/%j_0_log.out",
+        "export PYTHONSAFEPATH=1",
+        f"export PYTHONPATH={tmp_path}/code${{PYTHONPATH:+:$PYTHONPATH}}",
+    } <= set(lines)
+    srun = next(line for line in lines if line.startswith("srun "))
+    assert " --kill-on-bad-exit=1 --cpus-per-task=6 " in srun
+    assert f" env --block-signal=USR1,USR2 {sys.executable} -u -m submitit" in srun
+    assert not [line for line in lines if "--error" in line or "wckey" in line]
+    assert not (tmp_path / "submission").exists()
+
+
+def test_script_follows_the_profile(tmp_path):
+    site = Site(
+        account="me",
+        qos="long",
+        gres="gpu:a100:{gpus}",
+        setup=("module load cuda",),
+        environment={"NOTE": "it's"},
+        signal_seconds=600,
+        srun=("--mpi=none",),
+        sbatch={"reservation": "night", "exclusive": True},
+        python="/opt/python",
+    )
+    lines = script(tmp_path, site)
+    assert {"#SBATCH --account=me", "#SBATCH --qos=long", "#SBATCH --gres=gpu:a100:4"} <= set(lines)
+    assert {"#SBATCH --reservation=night", "#SBATCH --exclusive", "#SBATCH --signal=USR2@600"} <= set(lines)
+    assert not [line for line in lines if "gpus-per-node" in line]
+    assert lines.index("module load cuda") < lines.index("export NOTE='it'\"'\"'s'")
+    assert "--mpi=none env --block-signal=USR1,USR2 /opt/python -u" in "\n".join(lines)
+
+
+def test_site_without_gres_asks_for_no_gpus(tmp_path):
+    assert not [line for line in script(tmp_path, Site(gres="none")) if "gpu" in line and "partition" not in line]
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_container_sees_the_snapshot_and_the_folder_of_submission(tmp_path, runtime):
+    site = Site(container=Container(runtime=runtime, image="a b.sif", mounts=("/data", "/x:/y")))
+    lines = script(tmp_path, site)
+    here = os.getcwd()
+    assert f"export PYTHONPATH={tmp_path}/code" in lines
+    srun = next(line for line in lines if line.startswith("srun "))
+    if runtime == "pyxis":
+        assert f"--container-mounts={here}:{here},{tmp_path}:{tmp_path},/data:/data,/x:/y" in srun
+        assert "'--container-image=a b.sif'" in srun
+        assert "env --block-signal=USR1,USR2 python3 -u -m" in srun
+    else:
+        assert f"apptainer exec --nv --pwd {here} --bind {here}:{here} --bind {tmp_path}:{tmp_path}" in srun
+        assert "'a b.sif' python3 -u -m" in srun
+
+
+def test_sweep_is_an_array_with_a_log_each(tmp_path):
+    lines = script(tmp_path, Site(), count=6, max_parallel=4)
+    assert "#SBATCH --array=0-5%4" in lines
+    assert f"#SBATCH --output={tmp_path}/submission/%A_%a_0_log.out" in lines
+    assert f" --output={tmp_path}/submission/%A_%a_0_log.out --open-mode=append" in "\n".join(lines)
+
+
+def test_folder_with_spaces_and_quotes_survives_the_shell(tmp_path):
+    folder = tmp_path / "it's a run"
+    words = "\n".join(script(folder, Site())).partition("export PYTHONPATH=")[2].splitlines()[0]
+    done = subprocess.run(["bash", "-c", f"unset PYTHONPATH; echo {words}"], capture_output=True, text=True)
+    assert done.stdout == f"{folder}/code\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"gpus_per_node": 4, "tasks_per_node": 2}, "there is one task per GPU; leave out --tasks-per-node"),
+        ({"time": "5"}, "the job would be told to save as soon as it starts, 300 s before its limit"),
+        ({"max_parallel": 2}, "--max-parallel 2: is for --sweep"),
+        ({"cluster": "local", "nodes": 2}, "it has this machine only; leave --nodes out"),
+        ({"cluster": "debug", "tasks_per_node": 2}, "it runs one rank, in this process"),
+        ({"cluster": "local", "profile": Path("x.yaml")}, "describes a Slurm cluster"),
+    ],
+)
+def test_wishes_that_contradict_each_other_are_refused(given, says):
+    with pytest.raises(ConfigError) as caught:
+        allocation(Request("c.yaml", **given), Site(), Config.model_validate({}))
+    assert says in str(caught.value)
+
+
+def test_command_line_wins_over_the_profile_and_the_profile_over_the_run():
+    cfg = Config.model_validate({"data": {"num_workers": 5}})
+    site = Site(partition="theirs", cpus_per_task=9)
+    assert allocation(Request("c"), Site(), cfg).cpus_per_task == 7
+    assert allocation(Request("c"), site, cfg).cpus_per_task == 9
+    assert allocation(Request("c", cpus_per_task=3), site, cfg).cpus_per_task == 3
+    assert allocation(Request("c"), site, cfg).partition == "theirs"
+    assert allocation(Request("c", partition="mine"), site, cfg).partition == "mine"
+
+
+def test_job_that_this_process_is_part_of_is_hidden_from_sbatch(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    with outside_of_jobs():
+        assert os.environ["SLURM_CPUS_PER_TASK"] == "7"  # of the user, not of a job
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    with outside_of_jobs():
+        assert [name for name in os.environ if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert os.environ["SLURM_CPUS_PER_TASK"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("echo RUNNING", "running"),
+        ("true", None),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", None),
+    ],
+)
+def test_state_of_an_earlier_job_is_what_squeue_says(tmp_path, monkeypatch, answer, state):
+    squeue(tmp_path, monkeypatch, answer)
+    assert job_state("12_3") == state
+
+
+def test_slurm_that_does_not_answer_is_no_ended_job(tmp_path, monkeypatch):
+    squeue(tmp_path, monkeypatch, "echo Unable to contact slurm controller >&2; exit 1")
+    with pytest.raises(ConfigError, match="Unable to contact slurm controller; try again when Slurm answers"):
+        job_state("12")
+
+
+def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    (folder / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_run_whose_job_has_not_ended_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "submission").mkdir()
+    record = tmp_path / "submission" / admission.RECORD
+    record.write_text(json.dumps({"job": "7", "cluster": "slurm", "host": "login"}))
+    monkeypatch.setattr(admission, "job_state", lambda job: "pending")
+    with pytest.raises(ConfigError, match="job 7 of this run is pending; wait for its end, or end it with `scancel 7`"):
+        refuse_running(tmp_path)
+    monkeypatch.setattr(admission, "job_state", lambda job: None)
+    refuse_running(tmp_path)
+    record.write_text("[]")
+    with pytest.raises(ConfigError, match="can't be read as the record of a submission"):
+        refuse_running(tmp_path)
+
+
+def test_every_fault_of_every_run_of_a_sweep_is_told_at_once(runs):
+    words = ("data.crop_frames=100,96", "model.patch_size=16x16,17x16")
+    with pytest.raises(ConfigError) as caught:
+        variants(Request(str(runs.config), tuple(runs.command("sweep")[1:]), sweep=words))
+    said = str(caught.value)
+    assert said.count("data.crop_frames = 100: must be a multiple") == 2
+    assert said.count("model.patch_size = 17x16: its height must divide") == 2
+
+
+def test_runs_of_a_sweep_live_below_its_folder(runs):
+    request = Request(str(runs.config), tuple(runs.command("sweep")[1:]), sweep=("seed=1,2",))
+    home, configs = variants(request)
+    assert home == runs.folder / "sweep"
+    assert [cfg.run.folder for cfg in configs] == [home / "seed-1", home / "seed-2"]
+    assert [cfg.seed for cfg in configs] == [1, 2]
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(runs):
+    before = sorted(runs.folder.rglob("*"))
+    done = submit(runs, "dry", "--nodes", "2", "--gpus-per-node", "2", "--partition", "gpu", "--time", "9", "--dry-run")
+    assert done.returncode == 0, done.stdout
+    assert "#SBATCH --partition=gpu" in done.stdout
+    assert "up to 10 minutes submitit counts every preemption" in done.stdout
+    assert sorted(runs.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nodes", "3", "--dry-run"], "must be a multiple of 3 processes"),
+        (["data.num_workers=3", "--dry-run"], "data.num_workers"),
+        (["--time", "soon", "--dry-run"], "--time soon: must be a time"),
+        (["--profile", "nowhere.yaml", "--dry-run"], "nowhere.yaml: no such cluster profile"),
+        (["--sweep", "seed=1,x", "--dry-run"], "seed = 'x'"),
+        (["--cluster", "local", "data.valid_shards=nowhere"], "data.valid_shards = nowhere"),
+    ],
+)
+def test_wrong_submission_is_one_message_and_exit_code_2(runs, words, says):
+    done = submit(runs, "wrong", *words)
+    assert done.returncode == 2, done.stdout
+    assert says in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_corpus_that_is_elsewhere_is_a_note(runs):
+    done = submit(runs, "elsewhere", "data.shards=nowhere", "--dry-run")
+    assert done.returncode == 0, done.stdout
+    assert "note: elsewhere: the corpus could not be checked on this machine: nowhere: no index.json there" in done.stdout
+
+
+def test_debug_runs_in_this_process_and_a_finished_run_says_so(runs):
+    done = submit(runs, "debug", "--cluster", "debug", "train.steps=4")
+    assert done.returncode == 0, done.stdout
+    assert "step 4/4" in done.stdout
+    done = submit(runs, "debug", "--cluster", "debug", "train.steps=4")
+    assert done.returncode == 0, done.stdout
+    assert "is finished" in done.stdout
+    done = submit(runs, "debug", "--cluster", "debug", "train.steps=4", "seed=3")
+    assert done.returncode == 2, done.stdout
+    assert "seed: 0 in" in done.stdout
+
+
+LONG = ["train.steps=60", "train.valid_every=60", "checkpoint.every=1000"]
+
+
+@pytest.mark.distributed
+def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_was_not(runs):
+    codes, output = runs.run("undisturbed", *LONG)
+    assert codes == [0, 0], output
+    job = start(runs, "preempted", *LONG)
+    reach(runs, "preempted", job, 3)
+    os.kill(rank_pids(runs, "preempted")[1], signal.SIGUSR2)
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, output
+    saved = [line.split()[5] for line in output.splitlines() if line.startswith("stopped and saved at step")]
+    assert len(saved) == 1
+    assert f"continued from {runs.folder}/preempted/checkpoints/step-{int(saved[0]):08d}" in output
+    assert output.count("code ") == 2  # both starts say which snapshot they run
+    assert f"{runs.folder}/preempted/code/" in output
+    assert runs.losses("preempted") == runs.losses("undisturbed")
+    assert runs.trace("preempted") == runs.trace("undisturbed")
+    assert runs.weights("preempted") == runs.weights("undisturbed")
+
+
+@pytest.mark.distributed
+def test_local_job_that_is_stopped_saves_and_the_same_command_continues(runs):
+    job = start(runs, "stopped", *LONG)
+    reach(runs, "stopped", job, 3)
+    again = submit(runs, "stopped", *LONG, "--cluster", "local", "--tasks-per-node", "2")
+    assert again.returncode == 2, again.stdout
+    assert "on this machine runs it; wait for its end" in again.stdout
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert "stopped and saved at step" in output
+    assert "Traceback" not in output
+    again = submit(runs, "stopped", *LONG, "train.steps=20", "train.valid_every=20", "--cluster", "local")
+    assert again.returncode == 0, again.stdout
+    assert "continued from" in again.stdout
+
+
+@pytest.mark.distributed
+def test_lost_rank_of_a_local_job_ends_it_with_a_failure(runs):
+    job = start(runs, "lost", *LONG)
+    reach(runs, "lost", job, 3)
+    os.kill(rank_pids(runs, "lost")[1], signal.SIGKILL)
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 1, output
+    assert "another process of the run ended" in output
+
+
+def start(runs: Runs, name: str, *words: str) -> subprocess.Popen:
+    words = (*words, "--cluster", "local", "--tasks-per-node", "2")
+    return subprocess.Popen(command(runs, name, *words), env=environment_of({}), **OPTIONS)
+
+
+def reach(runs: Runs, name: str, job: subprocess.Popen, steps: int) -> None:
+    metrics = runs.folder / name / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= steps, [job], timeout=200)
+
+
+def rank_pids(runs: Runs, name: str) -> list[int]:
+    """The ranks of a local job, in their order."""
+    controller = json.loads((runs.folder / name / "submission" / admission.RECORD).read_text())["job"]
+    return [int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()]

@@ -1,5 +1,8 @@
 """Rank, size and device from what launchers set."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -59,3 +62,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="4 processes on a machine with 2 GPUs"):
         world._device(0, 4)
+
+
+def test_every_group_has_the_time_limit_of_the_configuration():
+    # In a process of its own: DeepSpeed starts its groups once per process.
+    program = """
+import torch.distributed as dist, deepspeed, torch
+from msm_dist.engine.world import join_world
+join_world(0.25)
+model = torch.nn.Linear(2, 2)
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+groups = list(dist.distributed_c10d._world.pg_map)
+print(len(groups), {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups})
+"""
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    count, limits = done.stdout.splitlines()[-1].split(maxsplit=1)
+    assert int(count) > 2 and limits == "{15.0}", done.stderr

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import deepspeed
@@ -114,6 +115,8 @@ def join_world(timeout_minutes: float) -> World:
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    # The groups that DeepSpeed makes for itself would wait for as long as torch thinks fit.
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, local_size, device, has_launcher, control)
 

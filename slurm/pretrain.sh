@@ -57,6 +57,8 @@ if ! "${hold[@]}" true 2>/dev/null; then
   # shellcheck disable=SC2016
   hold=(bash -c 'trap "" USR1 USR2; exec "$@"' hold)
 fi
+# Where nodes can't reach each other srun would wait for the others' tasks until the time limit.
+python -m msm_dist.guard &
 # The tasks get the signals themselves; this shell only has to outlive them.
 trap : TERM USR1 USR2
 code=0

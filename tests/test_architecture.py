@@ -18,7 +18,7 @@ LAYERS = (
     {"model"},
     {"engine", "monitor", "pictures", "profile_summary", "profiling"},
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
-    | {"allocation", "extension", "initial", "costs", "memory", "sweep"}
+    | {"allocation", "extension", "guard", "initial", "costs", "memory", "sweep"}
     | {"jobs", "traces", "runs"},
     {"launch", "site", "snapshot", "admission", "submission", "doctor"},
     {"cli"},

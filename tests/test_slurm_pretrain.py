@@ -171,7 +171,7 @@ def test_time_limit_requeues(runs: ClusterRuns) -> None:
 
 
 def test_preemption_by_a_higher_partition_requeues(runs: ClusterRuns) -> None:
-    job = runs.submit("preempted", sbatch=("--partition=low", "--exclusive"))
+    job = runs.submit("preempted", sbatch=("--partition=low",))
     runs.reach("preempted", job, 15)
     other = runs.lab.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     runs.requeued(job, 1)
@@ -186,7 +186,7 @@ def test_preemption_by_term_alone_requeues(runs: ClusterRuns) -> None:
     # Without preempt_send_user_signal the job's USR1 never comes: TERM is all that says it is preempted.
     with standing("t", SLURM_LAB_EXTRA="SlurmctldParameters=idle_on_node_suspend") as site:
         there = runs.on(site)
-        job = there.submit("by_term", sbatch=("--partition=low", "--exclusive"))
+        job = there.submit("by_term", sbatch=("--partition=low",))
         there.reach("by_term", job, 15)
         site.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
         there.requeued(job, 1)

@@ -98,6 +98,7 @@ def read_record(folder: Path) -> Record:
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: can't be read ({error}); a run writes it when it starts") from None
     environment.pop("started", None)
+    environment.pop("job", None)
     return Record(folder, settings, environment, train, valid)
 
 

@@ -1,6 +1,7 @@
 """What a run runs on: machine, versions, processes. Recorded in the run folder, compared by `msm-dist compare`."""
 
 import importlib.metadata
+import os
 import platform
 import time
 from typing import Any
@@ -16,6 +17,7 @@ def environment(world: World) -> dict[str, Any]:
     """Plain JSON values: versions, device, world."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "job": os.environ.get("SLURM_JOB_ID"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},

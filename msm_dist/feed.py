@@ -60,6 +60,8 @@ class Feed:
         except DataError as error:
             self._fault = error
             self._interruption.hear(NO_DATA)
+            # The others may wait for a read of their own that hangs for the same cause.
+            self._interruption.tell(NO_DATA)
             return []
 
 

@@ -174,7 +174,7 @@ def make_loader(
     with _undisturbed_start():
         batches = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in processes]
-    # Where there is a GPU, a thread that pins memory.
+    # Those that feed the workers and, where there is a GPU, one that pins memory.
     helpers = [thread for thread in threading.enumerate() if thread not in threads]
     return Loader(batches, workers, helpers, while_late)
 

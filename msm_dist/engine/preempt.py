@@ -56,8 +56,8 @@ class Interruption:
         """Remember a reason."""
         self._signals.setdefault(reason, number)
 
-    def tell(self, reason: int, number: int) -> None:
-        """Let the other ranks know, whatever their and this rank's main threads wait for; for a thread beside it."""
+    def tell(self, reason: int, number: int = 0) -> None:
+        """Let ranks know whose read is late, whatever the main threads of the others wait for."""
         # With the host of the store the run has ended.
         with contextlib.suppress(RuntimeError):
             self._store.set(HEARD, f"{reason} {number}")

@@ -5,6 +5,7 @@ this clone is, so that two clones can be tested at the same time.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -116,11 +117,14 @@ def standing(suffix: str = "", **settings: str) -> Iterator[Lab]:
     name = os.environ.get("SLURM_LAB_NAME") or f"msm{zlib.crc32(str(ROOT).encode()) % 10**6}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     cluster = Lab(os.environ | {"PATH": path, "SLURM_LAB_NAME": name + suffix, "OMP_NUM_THREADS": "1"} | settings)
-    try:
-        cluster.script("up", timeout=300)
-        yield cluster
-    finally:
-        cluster.script("down", timeout=60)
+    # Another test session of this clone may have one up.
+    with open(f"/run/lock/{name}{suffix}.tests", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            cluster.script("up", timeout=300)
+            yield cluster
+        finally:
+            cluster.script("down", timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,11 @@ import submitit
 from submitit.core.utils import JobPaths, UncompletedJobError
 
 from msm_dist.errors import ConfigError, reporting
-from msm_dist.site import Site
+from msm_dist.site import PLAIN_PYTHON, Site
 
 REQUEUE_EXIT_CODE = 75
 """As msm_dist.engine.preempt has it, whose module imports torch."""
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 FIRST_PORT, PORTS = 12000, 18000
 """Ports for the ranks' rendezvous: below those that Linux gives away by itself."""
 REQUEUE_SECONDS = 300
@@ -75,8 +76,8 @@ class PretrainJob:
             exit_code_path(environment.paths).write_text(str(code))
         if code == 0:
             return 0
-        if code == REQUEUE_EXIT_CODE and callable(requeue):
-            _requeue(environment, requeue)
+        if (code == REQUEUE_EXIT_CODE and callable(requeue)) or _may_be_preempted(environment, code):
+            _requeue(environment, requeue, code)
         sys.exit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -117,12 +118,27 @@ def _join(environment: submitit.JobEnvironment) -> None:
         pickled.with_suffix(f"{pickled.suffix}.save_tmp").unlink(missing_ok=True)
 
 
-def _requeue(environment: submitit.JobEnvironment, handler: Any) -> None:
+def _may_be_preempted(environment: submitit.JobEnvironment, code: int) -> bool:
+    """Whether TERM, which saved the run, was a preemption: where a site sends nothing before it, a job that ends in its
+    grace time counts as failed. Rank 0 asks Slurm; the others wait for its end."""
+    if environment.cluster != "slurm" or code != STOPPED_EXIT_CODE:
+        return False
+    if environment.global_rank != 0:
+        return True
+    command = ["scontrol", "show", "job", "--oneliner", environment.raw_job_id]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return re.search(r"\bPreemptTime=\d", said) is not None
+
+
+def _requeue(environment: submitit.JobEnvironment, handler: Any, code: int) -> None:
     """All ranks have saved: rank 0 asks for the requeue, which ends the others. Comes back when there is none."""
     if environment.global_rank != 0:
         if environment.cluster == "local":
             return  # the local controller waits for every rank to end by itself
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE_EXIT_CODE))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(REQUEUE_SECONDS)
         return
     try:
@@ -281,7 +297,10 @@ def _setup(site: Site, code: Path) -> list[str]:
     exports = {name: str(value) for name, value in site.environment.items()}
     lines = [*site.setup, *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
     inherited = "" if site.container else "${PYTHONPATH:+:$PYTHONPATH}"
-    return [*lines, "export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(str(code))}{inherited}"]
+    lines += ["export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(str(code))}{inherited}"]
+    # Beside srun, outside of a container; it needs the standard library alone.
+    python = PLAIN_PYTHON if site.container else site.python or sys.executable
+    return [*lines, f"{shlex.quote(python)} -m msm_dist.guard &"]
 
 
 def _gpus(count: int, gres: str | None) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from msm_dist.errors import ConfigError
 
-SUBMITIT_PYTHON = "python3"
-"""Interpreter in a container that names none."""
+PLAIN_PYTHON = "python3"
+"""Interpreter in a container that names none, and on a node of which nothing else is known."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\x00]+$")]
 Mount = Annotated[str, Field(pattern=r"^/[^,\n\r\x00]*$")]
@@ -45,7 +45,7 @@ class Container(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings
     """Image as the runtime names it: an enroot or docker name, a .sqsh, a .sif."""
     mounts: tuple[Mount, ...] = ()
     """Host paths, or HOST:CONTAINER; the folders of submission and of the run are always there."""
-    python: Word = SUBMITIT_PYTHON
+    python: Word = PLAIN_PYTHON
     """Interpreter inside."""
 
 

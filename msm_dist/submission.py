@@ -91,8 +91,8 @@ def notes(request: Request, wants: Allocation, plans: Sequence[Plan]) -> Iterato
     for plan in plans:
         for note in plan.notes:
             yield f"{plan.cfg.run.name}: {note}"
-    gpus = f"{wants.gpus_per_node} GPUs" if wants.gpus_per_node else "no GPUs (--gpus-per-node asks for some)"
-    yield f"{wants.nodes} nodes x {wants.tasks_per_node} tasks x {wants.cpus_per_task} CPUs; a node with {gpus}"
+    gpus = f"{wants.gpus_per_node} GPUs a node" if wants.gpus_per_node else "no GPUs (--gpus-per-node asks for some)"
+    yield f"{wants.nodes} nodes x {wants.tasks_per_node} tasks x {wants.cpus_per_task} CPUs, {gpus}"
     if request.cluster == "slurm" and wants.minutes <= SHORT_MINUTES:
         yield (
             f"--time {request.time}: up to {SHORT_MINUTES} minutes submitit counts every preemption as one of the "
@@ -142,8 +142,7 @@ def send(
                     left.unlink()
             said = str(error).strip().removeprefix("sbatch: error: ")
             raise ConfigError(f"sbatch refused the job: {said}; --dry-run shows what it was given") from None
-    for plan, job in zip(todo, jobs, strict=True):
-        record(plan, request, job.job_id, code)
+    record(request, code, todo, [job.job_id for job in jobs])
     return jobs
 
 
@@ -158,7 +157,7 @@ def run_on_this_machine(request: Request, wants: Allocation, site: Site, home: P
             job = executor.submit(job_of(plan))
     finally:
         signal.signal(signal.SIGINT, before)
-    record(plan, request, job.job_id, code)
+    record(request, code, [plan], [job.job_id])
     print(f"{plan.cfg.run.folder}: process {job.job_id} here, log {job.paths.stdout}", flush=True)
     paths = [job.task(rank).paths for rank in range(wants.world_size)]
     with stopping(int(job.job_id)):
@@ -186,10 +185,9 @@ def job_of(plan: Plan) -> PretrainJob:
     return PretrainJob(str(plan.submission / "config.yaml"))
 
 
-def record(plan: Plan, request: Request, job: str, code: Path) -> None:
-    """Write down the submission, for a later one of the same run to know of it."""
-    content = {
-        "job": job,
+def record(request: Request, code: Path, plans: Sequence[Plan], jobs: Sequence[str]) -> None:
+    """Write down the submission of each run, for a later one of the same run to know of it."""
+    common = {
         "cluster": request.cluster,
         "host": socket.gethostname(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,7 +196,8 @@ def record(plan: Plan, request: Request, job: str, code: Path) -> None:
         "folder": os.getcwd(),
         "command": sys.argv,
     }
-    write_atomically(plan.submission / RECORD, json.dumps(content, indent=1))
+    for plan, job in zip(plans, jobs, strict=True):
+        write_atomically(plan.submission / RECORD, json.dumps({"job": job, **common}, indent=1))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from deepspeed.launcher.runner import _parse_hostfile
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 
@@ -14,6 +15,7 @@ from msm_dist.allocation import MEANINGS
 from msm_dist.cli import app, spread_sweep
 from msm_dist.config import Config
 from msm_dist.data.commands import app as data_app
+from msm_dist.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "operations.md"
@@ -79,6 +81,14 @@ def test_settings_named_exist() -> None:
     named = set(re.findall(rf"(?<![\w/.])({'|'.join(sections)})\.(\w+)\b(?!\.\w)", TEXT))
     assert ("engine", "timeout_minutes") in named
     assert [f"{section}.{key}" for section, key in sorted(named) if key not in sections[section]] == []
+
+
+def test_lines_of_a_profile_are_accepted() -> None:
+    keys = "|".join(Site.model_fields)
+    found = [line for line in re.findall(r"`([^`\n]+)`", TEXT) if re.match(rf"(?:{keys}): ", line)]
+    assert len(found) >= 3
+    for line in found:
+        Site.model_validate(yaml.safe_load(line))
 
 
 def test_exit_codes_are_those_of_a_log() -> None:

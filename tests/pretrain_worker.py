@@ -14,6 +14,7 @@ KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 KILL=stuck:S         nobody dies; the loader worker of KILL_RANK blocks for ever in the read of step S
 KILL=stopped:S       nobody dies; ... stops there by SIGSTOP
 KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
+KILL=lost:S          nobody dies; ... blocks there, and those of the others find their data gone
 KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until there is a file MARK.go
 KILL=both:S          nobody dies; after step S KILL_RANK cuts the shards short, the others send themselves USR1
 KILL_RANK=all        means every rank
@@ -32,6 +33,7 @@ from pathlib import Path
 from msm_dist import pretrain
 from msm_dist.data import crops
 from msm_dist.engine import checkpoint
+from msm_dist.errors import DataError
 
 what, _, number = os.environ.get("KILL", "").partition(":")
 mine = os.environ.get("KILL_RANK", "0") in (os.environ.get("RANK", "0"), "all")
@@ -91,6 +93,8 @@ def truncating(run, *rest):
 def stuck(reader, block):
     if block < BLOCKS_PER_STEP * (int(number) - 1):
         return read_block(reader, block)
+    if not mine:
+        raise DataError("gone")
     fifo = Path(os.environ["MARK"] + f".fifo.{os.getpid()}")
     os.mkfifo(fifo)
     mark()
@@ -107,7 +111,7 @@ def pausing(action):
     def paused(*arguments, **options):
         mark()
         while not Path(os.environ["MARK"] + ".go").exists():
-            time.sleep(0.01)
+            time.sleep(0.1)
         return action(*arguments, **options)
 
     return paused
@@ -160,7 +164,7 @@ if mine and what == "rename":
     checkpoint.Path.rename = lambda *_: die()
 if mine and what == "export":
     pretrain.finish = lambda *_: die()
-if mine and what in ("stuck", "stopped", "undead"):
+if (mine and what in ("stuck", "stopped", "undead")) or what == "lost":
     read_block, crops.CropReader.block = crops.CropReader.block, stuck
 if what == "undead":
     multiprocessing.process.BaseProcess.kill = multiprocessing.process.BaseProcess.terminate = lambda *_: None

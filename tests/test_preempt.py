@@ -13,11 +13,12 @@ import pytest
 from msm_dist.engine.checkpoint import is_complete
 from tests.forking import Forked, Forker
 from tests.processes import HERE, free_port, rank_environment
-from tests.test_pretrain import STEPS, Runs, finish, wait_for
+from tests.test_pretrain import Runs, finish, wait_for
 
 pytestmark = pytest.mark.distributed
 
 USR1, USR2, TERM = signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM
+STEPS = 20
 # Of those that stop after a signal: long before the 60 s after which a run that waits for a read would be given up.
 SECONDS_TO_STOP = 30
 
@@ -40,6 +41,9 @@ class ForkedRuns(Runs):
             self.forker.start(command, rank_environment(rank, ranks, port) | environment, blocked)
             for rank in range(ranks)
         ]
+
+    def command(self, name: str, *settings: str) -> list[str]:
+        return super().command(name, f"train.steps={STEPS}", *settings)
 
     def worker(self, name: str, *settings: str) -> list[str]:
         return [str(HERE / "pretrain_worker.py"), *self.command(name, *settings)]
@@ -84,18 +88,19 @@ def send(process, *numbers: int) -> None:
 
 
 def waits(process) -> bool:
-    """Whether a process does nothing: none of its threads used the processor for half a second."""
+    """Whether a process does no more than look, now and then, whether it may go on: two ticks in half a second."""
 
-    def used() -> list[str]:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    def used() -> int:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
 
     before = used()
     time.sleep(0.5)
-    return used() == before
+    return used() <= before + 2
 
 
 def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
-    def stops(kill: str, rank: str, first: dict[int, tuple], then: dict[int, tuple], code: int, step: int, **options):
+    def stops(kill: str, rank: str, first: dict[int, tuple], then: dict[int, tuple], code: int, *steps: int, **options):
         """A start that is sent signals once it is where it is wanted, more of them once it waits, and is let go on."""
         processes = runs.reach("signals", "train.pictures_every=9", KILL=kill, KILL_RANK=rank, **options)
         for number in first:
@@ -108,7 +113,7 @@ def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
         codes, output = ended(processes)
         assert codes == [code, code], f"{kill}: {output}"
         assert "Traceback" not in output
-        assert runs.newest("signals") == step, f"{kill}: {output}"
+        assert runs.newest("signals") in steps, f"{kill}: {output}"
 
     burst = (USR2,) * 50
     # The start: heard while the engine is built. What was not trained is saved, or is the newest checkpoint already.
@@ -117,10 +122,12 @@ def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
     stops("stuck:3", "1", {}, {0: (USR1,)}, 75, 2)
     stops("stopped:3", "0", {}, {1: (TERM, USR1)}, 75, 2)
     stops("stuck:4", "0", {}, {0: (TERM,)}, 143, 3)
-    # A write beside training, then the last save that waits for it.
-    stops("pause:write", "all", {0: (USR1, USR1)}, {0: (TERM,), 1: burst}, 75, 5)
+    # ... or none is sent, and another rank can read no more.
+    stops("lost:5", "0", {}, {}, 2, 4)
     stops("pause:validate", "all", {0: burst, 1: burst}, {}, 75, 8)
     stops("pause:draw", "0", {0: (TERM,), 1: (USR1, TERM)}, {}, 75, 10)
+    # The write of step 12 beside training, which goes on to step 16 at most; then the last save, which waits for it.
+    stops("pause:write", "all", {0: (USR1, USR1)}, {0: (TERM,), 1: burst}, 75, *range(13, 18))
     # After the last step nothing is left to stop.
     stops("pause:export", "0", {0: (*burst, TERM), 1: (USR1,)}, {}, 0, STEPS)
     runs.is_as_undisturbed("signals")

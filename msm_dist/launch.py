@@ -112,6 +112,8 @@ def _join(environment: submitit.JobEnvironment) -> None:
     job = int(environment.raw_job_id)
     os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
     submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if environment.cluster == "local":
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # a machine's own name need not lead to it
     if environment.global_rank == 0:
         # Left behind by a requeue that was killed in the middle; submitit would not start another.
         pickled = environment.paths.submitted_pickle

@@ -47,7 +47,11 @@ def take_snapshot(folder: Path) -> Path:
 
 def read_packages() -> dict[str, bytes]:
     """The packages' files by their names in a snapshot. Raises ConfigError."""
-    return {f"{name}/{path.relative_to(root)}": path.read_bytes() for name, root in locate() for path in files(root)}
+    # A folder without __init__.py gives way to a package of that name anywhere on the path, however late.
+    content = {f"{name}/__init__.py": b"" for name in PACKAGES}
+    for name, root in locate():
+        content |= {f"{name}/{path.relative_to(root)}": path.read_bytes() for path in files(root)}
+    return content
 
 
 def locate() -> Iterator[tuple[str, Path]]:

@@ -306,7 +306,7 @@ def test_debug_runs_in_this_process_and_a_finished_run_says_so(runs):
     assert "seed: 0 in" in done.stdout
 
 
-LONG = ["train.steps=60", "train.valid_every=60", "checkpoint.every=1000"]
+LONG = ["train.steps=40", "train.valid_every=40", "checkpoint.every=1000"]
 
 
 @pytest.mark.distributed

@@ -63,6 +63,16 @@ def test_python_takes_the_snapshot_before_what_is_installed_or_in_the_folder(tmp
     assert [Path(word).parent.parent for word in done.stdout.split()] == [taken, taken]
 
 
+def test_package_that_comes_later_on_the_path_does_not_hide_the_snapshot(tmp_path):
+    taken = take_snapshot(tmp_path / "code")
+    for package in PACKAGES:
+        (tmp_path / "later" / package).mkdir(parents=True)
+        (tmp_path / "later" / package / "__init__.py").write_text("raise SystemExit('hidden')\n")
+    path = {"PYTHONPATH": f"{taken}:{tmp_path / 'later'}", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", WHERE], env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_digest_tells_names_from_contents():
     assert digest({"ab": b"c"}) != digest({"a": b"bc"})
     assert digest({"a": b"1", "b": b"2"}) == digest({"b": b"2", "a": b"1"})

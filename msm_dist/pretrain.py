@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import signal
 import sys
 import time
 import warnings
@@ -25,6 +26,7 @@ from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
+from msm_dist.engine.console import outliving_readers
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
 from msm_dist.engine.saving import Saver
@@ -81,7 +83,9 @@ def pretrain(cfg: Config, build_model: BuildModel = configured_model) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(noticing_lost_peers(world.rank))
         stack.callback(leave_world)
-        stack.enter_context(preempt.listening(interruption, world.has_launcher))
+        stack.enter_context(preempt.listening(interruption))
+        # Whoever read what is printed has started the run: their end is the launcher's.
+        stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, signal.SIGTERM)))
         layout = batch_layout(cfg, world.size)
         corpus = world.on_main(lambda: open_corpus(cfg, layout))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))

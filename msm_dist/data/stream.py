@@ -37,7 +37,7 @@ from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
 from msm_dist.errors import DataError, MsmError
 
 PREFETCHED_BATCHES = 3  # per worker
-WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 5.0
 LATE_SECONDS = 1.0

@@ -1,7 +1,8 @@
 """From a signal on any rank to a stop that all ranks make together, after a save.
 
-USR1 and USR2 ask for a requeue (exit code 75); TERM and INT, and the end of the launcher, stop without one.
-The same TERM or INT again exits at once; one after the other does not, as a Ctrl-C is followed by the launcher's TERM.
+USR1 and USR2 ask for a requeue (exit code 75); TERM, INT, the HUP of a closed terminal (unless nohup has it ignored)
+and the end of the launcher stop without one.
+The same stop again exits at once; one after the other does not, as a Ctrl-C is followed by the launcher's TERM.
 A signal only sets a flag: ranks agree on it at a step boundary, one step late, so that no rank ever waits for the
 others' hosts. Python runs no handler while its main thread is in a collective, as it is when another rank's data is
 late. So a thread is told of each signal too; it ends the process at the second TERM, and tells the store of the process
@@ -25,7 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 NONE, STOP, REQUEUE, NO_DATA = 0, 1, 2, 3
 REQUEUE_EXIT_CODE = 75
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Not TERM: a launcher that ends sends that too, and it would count as the second.
 PARENT_DIED = signal.SIGRTMIN
 PR_SET_PDEATHSIG = 1
@@ -88,7 +89,7 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def listening(interruption: Interruption, has_launcher: bool) -> Iterator[None]:
+def listening(interruption: Interruption) -> Iterator[None]:
     """Turn signals, and the end of the launcher, into `interruption` for the time of the block.
 
     USR1 and USR2 that were blocked when this process started, and have waited, are heard at once.
@@ -97,12 +98,12 @@ def listening(interruption: Interruption, has_launcher: bool) -> Iterator[None]:
     def on_signal(number: int, frame: object) -> None:
         interruption.hear(_reason(number), number)
 
-    numbers = (*REQUEUE_SIGNALS, *STOP_SIGNALS, PARENT_DIED)
+    numbers = [*REQUEUE_SIGNALS, *STOP_SIGNALS, PARENT_DIED]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     with _told_beside(interruption):
         before = {number: signal.signal(number, on_signal) for number in numbers}
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
-        if has_launcher:
-            watch_launcher()
         try:
             yield
         finally:
@@ -155,12 +156,19 @@ def _reason(number: int) -> int:
 
 
 def watch_launcher() -> None:
-    """Send this process PARENT_DIED when the launcher, or the command that started it, ends."""
+    """Send this process PARENT_DIED when the launcher, or the command that started it, ends or has ended.
+
+    That ends a process which does not listen yet.
+    """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, PARENT_DIED, 0, 0, 0)
+    if not _is_deepspeed_launcher(parent):
+        return
+    # `deepspeed` runs the launcher as a child, which outlives it; the ranks would train on as orphans.
     command = _parent_of(parent)
-    if command > 1 and _is_deepspeed_launcher(parent):
-        # `deepspeed` runs the launcher as a child, which outlives it; the ranks would train on as orphans.
+    if command == 1 and not _mentions(1, b"deepspeed"):
+        os.kill(os.getpid(), PARENT_DIED)  # it ended while this process started
+    elif command > 0:
         threading.Thread(target=_watch, args=(parent, command), daemon=True).start()
 
 
@@ -179,7 +187,12 @@ def _parent_of(pid: int) -> int:
 
 
 def _is_deepspeed_launcher(pid: int) -> bool:
+    return _mentions(pid, b"deepspeed.launcher.launch")
+
+
+def _mentions(pid: int, word: bytes) -> bool:
+    """Whether a process's command line has this in it."""
     try:
-        return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return word in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

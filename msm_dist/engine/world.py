@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from msm_dist.engine.preempt import watch_launcher
 from msm_dist.errors import ConfigError, MsmError, PeerLost
 
 T = TypeVar("T")
@@ -106,6 +107,9 @@ def join_world(timeout_minutes: float) -> World:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     has_launcher = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     rank, size, local_rank, local_size = _placement()
+    if has_launcher:
+        # Before the wait for the other ranks: a start that a host is missing from must not outlive its command.
+        watch_launcher()
     device = _device(local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)

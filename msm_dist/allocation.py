@@ -76,9 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         what, *words = arguments or [""]
         code = words.pop(0) if what == "ended" and words else "0"
         if what not in ("begins", "ended") or not words or not code.isdigit():
-            raise ConfigError(
-                "usage: python -m msm_dist.allocation begins|ended CODE CONFIG.yaml [a.b=c ...]"
-            )
+            raise ConfigError("usage: python -m msm_dist.allocation begins|ended CODE CONFIG.yaml [a.b=c ...]")
         cfg = load_config(words[0], words[1:])
         print(announce(cfg, os.environ) if what == "begins" else conclude(cfg, int(code)), flush=True)
         return 0

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from msm_dist.errors import ConfigError
 
 PLAIN_PYTHON = "python3"
 """Interpreter in a container that names none, and on a node of which nothing else is known."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\x00]+$")]
+Word = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),  # YAML reads `mem: 0` as a number
+    Field(min_length=1, pattern=r"^[^\n\r\x00]+$"),
+]
 Mount = Annotated[str, Field(pattern=r"^/[^,\n\r\x00]*$")]
 OURS = {
     "array": "--sweep and --max-parallel",

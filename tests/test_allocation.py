@@ -62,7 +62,9 @@ def test_only_complete_checkpoints_are_named(tmp_path: Path) -> None:
     assert "killed" in line and "newest checkpoint step-00000100; the same command goes on" in line
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "finished"), (135, "ended by signal 7"), (9, "failed"), (3, "diverged")])
+@pytest.mark.parametrize(
+    ("code", "said"), [(0, "finished"), (135, "ended by signal 7"), (9, "failed"), (3, "diverged")]
+)
 def test_exit_codes_are_put_in_words(tmp_path: Path, code: int, said: str) -> None:
     words = settings(tmp_path)
     line = conclude(load_config(words[0], words[1:]), code)

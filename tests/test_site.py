@@ -88,3 +88,10 @@ def test_all_faults_are_told_at_once(tmp_path):
 def test_missing_profile_names_the_example(tmp_path):
     with pytest.raises(ConfigError, match="no such cluster profile; slurm/cluster.example.yaml shows one"):
         load_site(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_stand_for_words(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("mem: 0\naccount: 4711\n")
+    site = load_site(path)
+    assert (site.mem, site.account) == ("0", "4711")

@@ -11,6 +11,8 @@ with exit code 2 and one message for a configuration that can't run on that many
 """
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ MEANINGS = {
     143: "stopped by TERM, saved if a step was done since",
 }
 """Exit codes of a run and of srun, in words."""
+SIGNAL_SECONDS = 300
+"""How long before the time limit slurm/pretrain.sh asks for its signal, if sbatch is not told otherwise."""
 
 
 def announce(cfg: Config, environment: Mapping[str, str]) -> str:
@@ -52,6 +56,25 @@ def announce(cfg: Config, environment: Mapping[str, str]) -> str:
             f"python     {sys.executable}",
             f"run folder {cfg.run.folder.absolute()}, {newest(cfg.run.folder)}",
         ]
+    )
+
+
+def note_on_limit(job: str) -> str:
+    """A line for a time limit at which slurm/pretrain.sh's own --signal comes with the start; else nothing."""
+    try:
+        said = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    limit = re.search(r"\bTimeLimit=(?:(\d+)-)?(\d+):(\d+):(\d+)", said)  # or UNLIMITED
+    if limit is None:
+        return ""
+    days, hours, minutes, seconds = (int(part or 0) for part in limit.groups())
+    length = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if length > SIGNAL_SECONDS:
+        return ""
+    return (
+        f"\nnote       time limit {length} s: with --signal=USR1@{SIGNAL_SECONDS}, the script's own, the job is told to "
+        "save as soon as it starts, again and again; ask for more --time, or for a later --signal"
     )
 
 
@@ -78,7 +101,10 @@ def main(arguments: Sequence[str]) -> int:
         if what not in ("begins", "ended") or not words or not code.isdigit():
             raise ConfigError("usage: python -m msm_dist.allocation begins|ended CODE CONFIG.yaml [a.b=c ...]")
         cfg = load_config(words[0], words[1:])
-        print(announce(cfg, os.environ) if what == "begins" else conclude(cfg, int(code)), flush=True)
+        if what == "begins":
+            print(announce(cfg, os.environ) + note_on_limit(os.environ.get("SLURM_JOB_ID", "")), flush=True)
+        else:
+            print(conclude(cfg, int(code)), flush=True)
         return 0
 
     return reporting(action)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist.allocation import announce, conclude, main
+from msm_dist.allocation import SIGNAL_SECONDS, announce, conclude, main, note_on_limit
 from msm_dist.config import load_config
 from msm_dist.errors import ConfigError
 
@@ -85,3 +85,20 @@ def test_a_batch_script_is_answered_without_torch(tmp_path: Path) -> None:
     program = f"import sys; from msm_dist.allocation import main; code = main({words!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], env=JOB, text=True, capture_output=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("limit", "noted"), [("00:05:00", True), ("00:05:01", False), ("1-00:00:00", False), ("UNLIMITED", False)]
+)
+def test_limit_that_the_signal_takes_whole_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, noted: bool
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\n[ "$3" = 41 ] && echo "   RunTime=00:00:00 TimeLimit={limit} TimeMin=N/A"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert ("ask for more --time" in note_on_limit("41")) == noted
+
+
+def test_signal_of_the_script_is_the_one_that_the_note_means() -> None:
+    assert f"--signal=USR1@{SIGNAL_SECONDS}\n" in Path("slurm/pretrain.sh").read_text()

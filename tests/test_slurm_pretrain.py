@@ -110,7 +110,7 @@ def continued_from(log: str) -> list[int]:
 
 def test_log_begins_with_what_was_resolved(runs: ClusterRuns) -> None:
     few = ("train.steps=2", "optim.warmup_steps=0", "train.micro_batch=4")
-    job = runs.submit("resolved", *few, sbatch=("--gpus-per-node=2", "--time=5"))
+    job = runs.submit("resolved", *few, sbatch=("--gpus-per-node=2",))
     runs.finish(job)
     log = runs.log(job)
     assert re.search(rf"job +{job}, first start", log)

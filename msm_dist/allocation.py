@@ -73,8 +73,8 @@ def note_on_limit(job: str) -> str:
     if length > SIGNAL_SECONDS:
         return ""
     return (
-        f"\nnote       time limit {length} s: with --signal=USR1@{SIGNAL_SECONDS}, the script's own, the job is told to "
-        "save as soon as it starts, again and again; ask for more --time, or for a later --signal"
+        f"\nnote       time limit {length} s: with --signal=USR1@{SIGNAL_SECONDS}, the script's own, the job is told "
+        "to save as soon as it starts, again and again; ask for more --time, or for a later --signal"
     )
 
 

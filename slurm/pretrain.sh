@@ -13,6 +13,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
+# The ranks get their signals themselves. What comes to this shell alone (--signal=B:USR1@300, scancel --full) is
+# remembered until there are ranks, and then passed on to them.
+asked=0
+trap 'asked=1' USR1 USR2
+trap : TERM
 
 if [ "$#" -eq 0 ]; then
   echo "usage: sbatch slurm/pretrain.sh CONFIG.yaml [section.key=value ...]" >&2
@@ -27,7 +32,14 @@ if [ -f .venv/bin/activate ]; then
   # shellcheck disable=SC1091
   source .venv/bin/activate
 fi
-if ! python -c 'import msm_dist' 2>/dev/null; then
+# A signal that comes before Python has its handlers stays pending until then.
+hold=(env --block-signal=USR1,USR2)
+if ! "${hold[@]}" true 2>/dev/null; then
+  echo "note       env lacks --block-signal (coreutils 8.31): a USR1 or USR2 during the start is lost"
+  # shellcheck disable=SC2016
+  hold=(bash -c 'trap "" USR1 USR2; exec "$@"' hold)
+fi
+if ! "${hold[@]}" python -c 'import msm_dist' 2>/dev/null; then
   echo "python here ($(command -v python || echo none)) has no msm_dist: submit from the project's folder after" \
     "\`make setup\`, or activate the environment that has it before sbatch" >&2
   exit 2
@@ -42,37 +54,31 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
   tasks=$SLURM_GPUS_ON_NODE
 fi
 ranks=$((SLURM_JOB_NUM_NODES * tasks))
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((12000 + SLURM_JOB_ID % 18000)) # below the ports that Linux gives away by itself
 export MASTER_ADDR MASTER_PORT
+# With sbatch --export=NONE srun would start the ranks without an environment.
+unset SLURM_EXPORT_ENV
 
 echo "== $(date -Is) ======"
-WORLD_SIZE=$ranks python -m msm_dist.allocation begins "$@"
+WORLD_SIZE=$ranks "${hold[@]}" python -m msm_dist.allocation begins "$@"
 echo "tasks      $SLURM_JOB_NUM_NODES nodes x $tasks tasks x $cpus CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node"
 
-# A signal that comes before Python has its handlers stays pending until then.
-hold=(env --block-signal=USR1,USR2)
-if ! "${hold[@]}" true 2>/dev/null; then
-  echo "note       env lacks --block-signal (coreutils 8.31): a USR1 or USR2 during the start is lost"
-  # shellcheck disable=SC2016
-  hold=(bash -c 'trap "" USR1 USR2; exec "$@"' hold)
+code=75
+if [ "$asked" -eq 0 ]; then
+  # Where nodes can't reach each other srun would wait for the others' tasks until the time limit.
+  "${hold[@]}" python -m msm_dist.guard &
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 "${hold[@]}" python -u -m msm_dist.pretrain "$@" &
+  srun=$!
+  trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 USR2
+  while :; do # a signal to this shell ends `wait`, not srun
+    code=0
+    wait "$srun" || code=$?
+    if ! kill -0 "$srun" 2>/dev/null; then break; fi
+  done
 fi
-# Where nodes can't reach each other srun would wait for the others' tasks until the time limit.
-python -m msm_dist.guard &
-# The tasks get the signals themselves; this shell only has to outlive them.
-trap : TERM USR1 USR2
-code=0
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
-  --kill-on-bad-exit=1 "${hold[@]}" python -u -m msm_dist.pretrain "$@" || code=$?
-
-# Where a site sends TERM and nothing before it, a preempted job that ends within its grace time counts as failed.
-if [ "$code" -eq 143 ] && scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -Eq 'PreemptTime=[0-9]'; then
-  code=75
-fi
-if [ "$code" -eq 75 ]; then
-  echo "job $SLURM_JOB_ID: saved; asking Slurm to run it again"
-  if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
-  echo "Slurm did not requeue job $SLURM_JOB_ID (sbatch --no-requeue, or cancelled meanwhile)"
-fi
+trap '' USR1 USR2
+# Says how it ended; after a 75 asks for the requeue, and ends with 0 if Slurm grants it.
 python -m msm_dist.allocation ended "$code" "$@"
-exit "$code"

@@ -5,6 +5,7 @@ per run. Raises ConfigError with every conflict of all runs.
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -68,15 +69,20 @@ def variants(request: Request) -> tuple[Path, list[Config]]:
         raise ConfigError(
             f"{home}: Slurm reads % in a path as a pattern of its own; choose another run.dir or run.name"
         )
+    if os.pathsep in str(home):
+        raise ConfigError(
+            f"{home}: PYTHONPATH can't name the code in a folder with {os.pathsep}; choose another run.dir"
+        )
     if not request.sweep:
         if (home / "submission" / "sweep.json").exists():
             raise ConfigError(f"{home} is the folder of a sweep; choose another run.name= for a single run")
         return home, [cfg]
     if (home / "config.yaml").exists():
         raise ConfigError(f"{home} is the folder of a run; choose another run.name= for the sweep")
+    folder = json.dumps(str(cfg.run.folder), ensure_ascii=False)  # YAML too; unquoted, "exp #3" would be "exp"
     configs, faults = [], []
     for variant in expand(request.sweep):
-        own = (*request.overrides, *variant.overrides, f"run.dir={cfg.run.folder}", f"run.name={variant.name!r}")
+        own = (*request.overrides, *variant.overrides, f"run.dir={folder}", f"run.name={variant.name!r}")
         try:
             configs.append(load_config(request.config, own))
         except ConfigError as error:

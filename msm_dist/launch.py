@@ -3,6 +3,7 @@
 In: the path of a resolved configuration. Out: the run itself. A preempted or timed-out job is saved by all ranks
 together at a step boundary; only then rank 0 hands over to submitit, whose handler puts the job back into the queue:
 no collective can run inside of a signal handler. The callable holds nothing but text, so that an old pickle fits.
+What a site preempts by TERM alone is put back by the job's script, as slurm/pretrain.sh does it.
 """
 
 import logging
@@ -27,12 +28,21 @@ from msm_dist.site import PLAIN_PYTHON, Site
 
 REQUEUE_EXIT_CODE = 75
 """As msm_dist.engine.preempt has it, whose module imports torch."""
-STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 FIRST_PORT, PORTS = 12000, 18000
 """Ports for the ranks' rendezvous: below those that Linux gives away by itself."""
 REQUEUE_SECONDS = 300
 """How long ranks wait, saved, for rank 0's requeue to end them; submitit's own limit for it is 60 s."""
 AGAIN = "submit the same command again to go on"
+TEARDOWN = [
+    "code=$?",
+    "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+    """if [ "$code" -eq 143 ] && scontrol show job "$job" 2>/dev/null | grep -Eq 'PreemptTime=[0-9]'; then""",
+    '  echo "job $job: preempted by TERM; asking Slurm to run it again"',
+    '  if scontrol requeue "$job"; then exit 0; fi',
+    "fi",
+    'exit "$code"',
+]
+"""After srun: where a site sends TERM and nothing before it, a job that ends in its grace time counts as failed."""
 HOLD_SIGNALS = ("env", "--block-signal=USR1,USR2")
 """A signal that comes while Python imports stays pending until the handlers stand. Needs coreutils 8.31."""
 
@@ -57,8 +67,9 @@ class Allocation:
 class PretrainJob:
     """What submitit runs on every rank: the run of a configuration file, started anew or continued."""
 
-    def __init__(self, config: str):
+    def __init__(self, config: str, code: str | None = None):
         self.config = config
+        self.code = code
 
     def __call__(self) -> int:
         """0 when the run is finished; every other end leaves the process with the run's exit code."""
@@ -66,17 +77,17 @@ class PretrainJob:
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(_signal(environment))  # submitit's; the run takes the signal over for its time
         if environment.cluster == "local":
-            # Nothing to save before the run listens itself; submitit would ignore it.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             exit_code_path(environment.paths).unlink(missing_ok=True)
         if environment.cluster != "debug":
+            # Nothing to save before the run listens itself; submitit would ignore it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _join(environment)
         code = reporting(self._run)
         if environment.cluster == "local":
             exit_code_path(environment.paths).write_text(str(code))
         if code == 0:
             return 0
-        if (code == REQUEUE_EXIT_CODE and callable(requeue)) or _may_be_preempted(environment, code):
+        if code == REQUEUE_EXIT_CODE and callable(requeue):
             _requeue(environment, requeue, code)
         sys.exit(code)
 
@@ -85,6 +96,12 @@ class PretrainJob:
         return submitit.helpers.DelayedSubmission(self)
 
     def _run(self) -> int:
+        snapshot = getattr(self, "code", None)  # not in the pickle of an older version
+        if snapshot and Path(__file__).resolve().parent.parent != Path(snapshot).resolve():
+            raise ConfigError(
+                f"{snapshot}: the code that this job was submitted with is gone or hidden, {Path(__file__).parent} "
+                "would run instead; submit again"
+            )
         from msm_dist.allocation import announce, conclude
         from msm_dist.config import load_config
 
@@ -110,7 +127,8 @@ def _speak_once() -> None:
 def _join(environment: submitit.JobEnvironment) -> None:
     """Export the launcher's common names. DeepSpeed chooses the device by LOCAL_RANK."""
     job = int(environment.raw_job_id)
-    os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+    # Not one inherited from where the job was submitted, which all jobs of a sweep would share.
+    os.environ["MASTER_PORT"] = str(FIRST_PORT + job % PORTS)
     submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if environment.cluster == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a machine's own name need not lead to it
@@ -118,21 +136,6 @@ def _join(environment: submitit.JobEnvironment) -> None:
         # Left behind by a requeue that was killed in the middle; submitit would not start another.
         pickled = environment.paths.submitted_pickle
         pickled.with_suffix(f"{pickled.suffix}.save_tmp").unlink(missing_ok=True)
-
-
-def _may_be_preempted(environment: submitit.JobEnvironment, code: int) -> bool:
-    """Whether TERM, which saved the run, was a preemption: where a site sends nothing before it, a job that ends in its
-    grace time counts as failed. Rank 0 asks Slurm; the others wait for its end."""
-    if environment.cluster != "slurm" or code != STOPPED_EXIT_CODE:
-        return False
-    if environment.global_rank != 0:
-        return True
-    command = ["scontrol", "show", "job", "--oneliner", environment.raw_job_id]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return re.search(r"\bPreemptTime=\d", said) is not None
 
 
 def _requeue(environment: submitit.JobEnvironment, handler: Any, code: int) -> None:
@@ -220,6 +223,7 @@ def slurm_executor(folder: Path, name: str, wants: Allocation, site: Site, code:
         mem=site.mem,
         signal_delay_s=site.signal_seconds,
         setup=_setup(site, code),
+        teardown=TEARDOWN,
         stderr_to_stdout=True,
         wckey=None,
         additional_parameters={"requeue": True, **site.sbatch},
@@ -300,9 +304,13 @@ def _setup(site: Site, code: Path) -> list[str]:
     lines = [*site.setup, *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
     inherited = "" if site.container else "${PYTHONPATH:+:$PYTHONPATH}"
     lines += ["export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(str(code))}{inherited}"]
+    # Of sbatch --export=NONE: srun would hide from the ranks what is exported here.
+    lines.append("unset SLURM_EXPORT_ENV")
     # Beside srun, outside of a container; it needs the standard library alone.
     python = PLAIN_PYTHON if site.container else site.python or sys.executable
-    return [*lines, f"{shlex.quote(python)} -m msm_dist.guard &"]
+    lines.append(f"{shlex.quote(python)} -m msm_dist.guard &")
+    # The tasks get the signals themselves; the script only has to outlive them, to its teardown.
+    return [*lines, "set +e", "trap : TERM USR1 USR2"]
 
 
 def _gpus(count: int, gres: str | None) -> dict[str, Any]:

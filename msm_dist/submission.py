@@ -135,7 +135,7 @@ def send(
     spread_over(executor, len(todo), request.max_parallel)
     with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit's copy of what sbatch says
         try:
-            jobs = executor.submit_array([job_of(plan) for plan in todo])
+            jobs = executor.submit_array([job_of(plan, code) for plan in todo])
         except (FailedJobError, FailedSubmissionError) as error:
             for left in [*executor.folder.glob("*.pkl"), *executor.folder.glob(".submission_file_*.sh")]:
                 if not left.name.endswith("_submitted.pkl") and not left.is_symlink():
@@ -154,7 +154,7 @@ def run_on_this_machine(request: Request, wants: Allocation, site: Site, home: P
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with submitit.helpers.environment_variables(PYTHONPATH=path, PYTHONSAFEPATH="1"):
-            job = executor.submit(job_of(plan))
+            job = executor.submit(job_of(plan, code))
     finally:
         signal.signal(signal.SIGINT, before)
     record(request, code, [plan], [job.job_id])
@@ -180,9 +180,9 @@ def run_in_process(plan: Plan) -> int:
     return 0
 
 
-def job_of(plan: Plan) -> PretrainJob:
-    """What the ranks of a plan's job execute."""
-    return PretrainJob(str(plan.submission / "config.yaml"))
+def job_of(plan: Plan, code: Path | None = None) -> PretrainJob:
+    """What the ranks of a plan's job execute, from the snapshot `code`."""
+    return PretrainJob(str(plan.submission / "config.yaml"), None if code is None else str(code))
 
 
 def record(request: Request, code: Path, plans: Sequence[Plan], jobs: Sequence[str]) -> None:

@@ -131,6 +131,33 @@ def test_script_follows_the_profile(tmp_path):
     assert "--mpi=none env --block-signal=USR1,USR2 /opt/python -u" in "\n".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("code", "said", "ends", "asked"),
+    [
+        (143, "JobId=12 PreemptTime=2026-05-02T14:00:00", 0, ["show job 12_3", "requeue 12_3"]),
+        (143, "JobId=12 PreemptTime=None", 143, ["show job 12_3"]),
+        (0, "JobId=12 PreemptTime=2026-05-02T14:00:00", 0, []),
+        (3, "JobId=12 PreemptTime=2026-05-02T14:00:00", 3, []),
+    ],
+)
+def test_script_requeues_what_was_preempted_by_term_alone(tmp_path, code, said, ends, asked):
+    calls = tmp_path / "calls"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {calls}\necho "{said}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    lines = script(tmp_path, Site())
+    after = "\n".join(lines[lines.index("# teardown") :])
+    job = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    words = ["bash", "-c", f"(exit {code})\n{after}"]
+    assert subprocess.run(words, env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode == ends
+    assert (calls.read_text().splitlines() if calls.exists() else []) == asked
+    assert lines.index("trap : TERM USR1 USR2") < lines.index("# command")
+
+
+def test_job_whose_snapshot_is_gone_runs_no_other_code(tmp_path):
+    with pytest.raises(ConfigError, match="the code that this job was submitted with is gone or hidden"):
+        launch.PretrainJob("c.yaml", str(tmp_path / "code"))._run()
+
+
 def test_site_without_gres_asks_for_no_gpus(tmp_path):
     assert not [line for line in script(tmp_path, Site(gres="none")) if "gpu" in line and "partition" not in line]
 
@@ -259,6 +286,20 @@ def test_runs_of_a_sweep_live_below_its_folder(runs):
     assert [cfg.seed for cfg in configs] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["exp #3", "2024", "[x]", "it's é"])
+def test_folder_of_a_sweep_may_have_any_name(tmp_path, monkeypatch, runs, name):
+    monkeypatch.chdir(tmp_path)
+    words = (*runs.command("sweep")[1:], f"run.dir={json.dumps(name)}")
+    home, configs = variants(Request(str(runs.config), words, sweep=("seed=1,2",)))
+    assert home == tmp_path / name / "sweep"
+    assert [cfg.run.folder.absolute() for cfg in configs] == [home / "seed-1", home / "seed-2"]
+
+
+def test_folder_that_would_split_the_path_of_modules_is_refused(runs):
+    with pytest.raises(ConfigError, match="PYTHONPATH can't name the code in a folder with :"):
+        variants(Request(str(runs.config), (*runs.command("colon")[1:], "run.dir='/tmp/a:b'")))
+
+
 def test_dry_run_prints_the_script_and_writes_nothing(runs):
     before = sorted(runs.folder.rglob("*"))
     done = submit(runs, "dry", "--nodes", "2", "--gpus-per-node", "2", "--partition", "gpu", "--time", "9", "--dry-run")
@@ -313,7 +354,7 @@ LONG = ["train.steps=40", "train.valid_every=40", "checkpoint.every=1000"]
 def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_was_not(runs):
     codes, output = runs.run("undisturbed", *LONG)
     assert codes == [0, 0], output
-    job = start(runs, "preempted", *LONG)
+    job = start(runs, "preempted", *LONG, MASTER_PORT="1")
     reach(runs, "preempted", job, 3)
     os.kill(rank_pids(runs, "preempted")[1], signal.SIGUSR2)
     output = job.communicate(timeout=240)[0]
@@ -322,6 +363,7 @@ def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_w
     assert len(saved) == 1
     assert f"continued from {runs.folder}/preempted/checkpoints/step-{int(saved[0]):08d}" in output
     assert output.count(f"code       {runs.folder}/preempted/code/") == 2
+    assert "master     127.0.0.1:" in output and "127.0.0.1:1\n" not in output, "a port of its own"
     assert runs.losses("preempted") == runs.losses("undisturbed")
     assert runs.trace("preempted") == runs.trace("undisturbed")
     assert runs.weights("preempted") == runs.weights("undisturbed")
@@ -354,9 +396,9 @@ def test_lost_rank_of_a_local_job_ends_it_with_a_failure(runs):
     assert "another process of the run ended" in output
 
 
-def start(runs: Runs, name: str, *words: str) -> subprocess.Popen:
+def start(runs: Runs, name: str, *words: str, **environment: str) -> subprocess.Popen:
     words = (*words, "--cluster", "local", "--tasks-per-node", "2")
-    return subprocess.Popen(command(runs, name, *words), env=environment_of({}), **OPTIONS)
+    return subprocess.Popen(command(runs, name, *words), env=environment_of(environment), **OPTIONS)
 
 
 def reach(runs: Runs, name: str, job: subprocess.Popen, steps: int) -> None:

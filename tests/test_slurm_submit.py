@@ -83,6 +83,13 @@ def test_cancelled_job_saves_and_stays_cancelled_and_a_second_one_is_refused_mea
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     wait(lambda: saved_steps(runs.log(job)), "the save", tell=lambda: runs.tell(job))
     wait(lambda: not runs.lab.run("squeue", "--noheader", "--jobs", job), "the end of its ranks")
+    early = runs.submit("cancelled")
+    # Before the run listens: there is nothing to save yet.
+    runs.wait(lambda: "code       " in runs.log(early), early, "the first line of its log")
+    runs.lab.signal(early, "TERM")
+    ended = runs.end(early)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0"), runs.log(early)
+    assert "continued from" not in runs.log(early)
     again = runs.submit("cancelled")
     runs.finish(again)
     assert continued_from(runs.log(again)) == saved_steps(runs.log(job)) != []

@@ -5,7 +5,9 @@ per run. Raises ConfigError with every conflict of all runs.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +21,7 @@ from msm_dist.config import Config, batch_layout, load_config
 from msm_dist.corpus import open_corpus, plan_identity
 from msm_dist.engine.runfolder import compare_config, compare_plan
 from msm_dist.errors import ConfigError, DataError, MsmError
-from msm_dist.launch import Allocation, parse_minutes
+from msm_dist.launch import Allocation, visible_gpus
 from msm_dist.site import Site
 from msm_dist.sweep import expand
 
@@ -92,8 +94,8 @@ def variants(request: Request) -> tuple[Path, list[Config]]:
     return home, configs
 
 
-def allocation(request: Request, site: Site, cfg: Config) -> Allocation:
-    """What a job asks for, from the command line, the profile and the run. Raises ConfigError."""
+def allocation(request: Request, site: Site, configs: Sequence[Config]) -> Allocation:
+    """What a job asks for, from the command line, the profile and the runs. Raises ConfigError."""
     gpus, tasks = request.gpus_per_node, request.tasks_per_node
     if gpus and tasks not in (None, gpus):
         raise ConfigError(
@@ -104,32 +106,66 @@ def allocation(request: Request, site: Site, cfg: Config) -> Allocation:
         request.nodes,
         gpus or tasks or 1,
         gpus,
-        request.cpus_per_task or site.cpus_per_task or cfg.data.num_workers + 2,
+        request.cpus_per_task or site.cpus_per_task or max(cfg.data.num_workers for cfg in configs) + 2,
         parse_minutes(request.time),
         request.partition or site.partition,
     )
     if request.cluster != "slurm":
-        if request.profile:
-            raise ConfigError(
-                f"--profile {request.profile}: describes a Slurm cluster; leave it out with --cluster {request.cluster}"
-            )
-        if request.cluster == "local" and wants.nodes > 1:
-            raise ConfigError(
-                f"--cluster local with --nodes {wants.nodes}: it has this machine only; leave --nodes out"
-            )
-        if request.cluster == "debug" and wants.world_size > 1:
-            raise ConfigError(
-                f"--cluster debug with {wants.nodes} nodes x {wants.tasks_per_node} tasks: it runs one rank, in this "
-                "process; --cluster local runs several here"
-            )
+        _refuse_without_slurm(request, wants)
     if request.max_parallel and not request.sweep:
         raise ConfigError(f"--max-parallel {request.max_parallel}: is for --sweep; a single run is one job")
     if request.cluster != "debug" and wants.minutes * 60 <= site.signal_seconds:
+        lower = ", or lower signal_seconds: in the --profile" if request.cluster == "slurm" else ""
         raise ConfigError(
             f"--time {request.time}: the job would be told to save as soon as it starts, {site.signal_seconds} s "
-            "before its limit; ask for more, or lower signal_seconds: in the --profile"
+            f"before its limit; ask for more{lower}"
         )
     return wants
+
+
+def parse_minutes(text: str) -> int:
+    """Slurm's forms of a time as whole minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
+    matched = re.fullmatch(r"(?:(?P<days>\d{1,4})-)?(?P<parts>\d{1,7}(?::\d{1,2}){0,2})", text)
+    parts = [int(part) for part in matched["parts"].split(":")] if matched else []
+    if matched and matched["days"] is not None:
+        seconds = _seconds(int(matched["days"]), *parts)
+    elif len(parts) == 3:
+        seconds = _seconds(0, *parts)
+    else:
+        seconds = _seconds(0, 0, *parts)
+    if not seconds:
+        raise ConfigError(
+            f"--time {text}: must be a time above zero as minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            "days-hours:minutes or days-hours:minutes:seconds, such as 90, 12:00:00 or 2-12"
+        )
+    return math.ceil(seconds / 60)
+
+
+def _seconds(days: int = 0, hours: int = 0, minutes: int = 0, seconds: int = 0) -> int:
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _refuse_without_slurm(request: Request, wants: Allocation) -> None:
+    """Raise ConfigError for what --cluster local and debug can't do."""
+    of_slurm = {
+        "--profile": request.profile,
+        "--partition": request.partition,
+        "--max-parallel": request.max_parallel,
+    }
+    for option, value in of_slurm.items():
+        if value is not None:
+            raise ConfigError(
+                f"{option} {value}: is for a Slurm cluster; leave it out with --cluster {request.cluster}"
+            )
+    if request.cluster == "local" and wants.nodes > 1:
+        raise ConfigError(f"--cluster local with --nodes {wants.nodes}: it has this machine only; leave --nodes out")
+    if request.cluster == "local":
+        visible_gpus(wants.gpus_per_node)
+    if request.cluster == "debug" and wants.world_size > 1:
+        raise ConfigError(
+            f"--cluster debug with {wants.nodes} nodes x {wants.tasks_per_node} tasks: it runs one rank, in this "
+            "process; --cluster local runs several here"
+        )
 
 
 def check_all(configs: Sequence[Config], world_size: int) -> list[Plan]:

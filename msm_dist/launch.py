@@ -7,15 +7,14 @@ What a site preempts by TERM alone is put back by the job's script, as slurm/pre
 """
 
 import logging
-import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,28 +164,6 @@ def exit_code_path(paths: JobPaths) -> Path:
     return paths.stdout.with_suffix(".code")
 
 
-def parse_minutes(text: str) -> int:
-    """Slurm's forms of a time as whole minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
-    matched = re.fullmatch(r"(?:(?P<days>\d{1,4})-)?(?P<parts>\d{1,7}(?::\d{1,2}){0,2})", text)
-    parts = [int(part) for part in matched["parts"].split(":")] if matched else []
-    if matched and matched["days"] is not None:
-        seconds = _seconds(int(matched["days"]), *parts)
-    elif len(parts) == 3:
-        seconds = _seconds(0, *parts)
-    else:
-        seconds = _seconds(0, 0, *parts)
-    if not seconds:
-        raise ConfigError(
-            f"--time {text}: must be a time above zero as minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
-            "days-hours:minutes or days-hours:minutes:seconds, such as 90, 12:00:00 or 2-12"
-        )
-    return math.ceil(seconds / 60)
-
-
-def _seconds(days: int = 0, hours: int = 0, minutes: int = 0, seconds: int = 0) -> int:
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def check_environment(cluster: str) -> None:
     """Whether this machine has what submitting needs. Raises ConfigError."""
     if cluster == "slurm" and (missing := [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]):
@@ -257,9 +234,24 @@ def local_executor(folder: Path, wants: Allocation, site: Site, max_timeouts: in
         signal_delay_s=site.signal_seconds,
         tasks_per_node=wants.tasks_per_node,
         gpus_per_node=wants.gpus_per_node,
+        visible_gpus=visible_gpus(wants.gpus_per_node),
         stderr_to_stdout=True,
     )
     return executor
+
+
+def visible_gpus(count: int) -> Sequence[int]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to `count` local ranks; () when it is not set. Raises ConfigError."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count or text is None:
+        return ()
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(names) < count or not all(name.isdecimal() for name in names):
+        raise ConfigError(
+            f"--gpus-per-node {count} with CUDA_VISIBLE_DEVICES={text}: must name that many GPUs by their "
+            f"numbers, such as {','.join(map(str, range(count)))}"
+        )
+    return [int(name) for name in names]
 
 
 def _python(site: Site, folder: Path) -> str:

@@ -11,22 +11,26 @@ Nothing is written before everything was found right. Raises ConfigError.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from msm_dist.admission import RECORD, Plan, Request, allocation, check_all, variants
 from msm_dist.config import dump_config
+from msm_dist.engine.console import outliving_readers
 from msm_dist.errors import ConfigError
 from msm_dist.files import write_atomically
 from msm_dist.launch import (
@@ -47,17 +51,21 @@ from msm_dist.snapshot import digest, git_commit, read_packages, take_snapshot
 SHORT_MINUTES = 10
 """Limits up to this make submitit count every preemption as a time-out."""
 POLL_SECONDS = 0.2
+OUR_VARIABLES = ("TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "ARRAY_INX", "EXPORT")
+OUR_VARIABLES += ("WAIT",)
+"""Of sbatch's SBATCH_ variables those that would always undo what a script of ours asks for."""
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def submit(request: Request) -> int:
     """Check, keep and start; the exit code, for local and debug that of the run. Raises ConfigError, OSError."""
     site = load_site(request.profile)
     home, configs = variants(request)
-    wants = allocation(request, site, configs[0])
+    wants = allocation(request, site, configs)
     if not request.dry_run:
         check_environment(request.cluster)
     plans = check_all(configs, wants.world_size)
-    for note in notes(request, wants, plans):
+    for note in notes(request, wants, site, plans):
         print(f"note: {note}", file=sys.stderr)
     for plan in plans:
         if plan.is_finished:
@@ -86,7 +94,7 @@ def submit(request: Request) -> int:
     return worst
 
 
-def notes(request: Request, wants: Allocation, plans: Sequence[Plan]) -> Iterator[str]:
+def notes(request: Request, wants: Allocation, site: Site, plans: Sequence[Plan]) -> Iterator[str]:
     """What is not wrong but should be known."""
     for plan in plans:
         for note in plan.notes:
@@ -97,6 +105,11 @@ def notes(request: Request, wants: Allocation, plans: Sequence[Plan]) -> Iterato
         yield (
             f"--time {request.time}: up to {SHORT_MINUTES} minutes submitit counts every preemption as one of the "
             f"{request.max_timeouts} time-outs of --max-timeouts"
+        )
+    elif request.cluster == "slurm" and site.signal_seconds >= max(600, wants.minutes * 60 // 5):
+        yield (
+            f"signal_seconds: {site.signal_seconds}: submitit counts time-outs in the last fifth of the limit, at "
+            "least 10 minutes, only; the signal comes before, so --max-timeouts will not end the job"
         )
 
 
@@ -133,17 +146,32 @@ def send(
     """Submit to Slurm: a job, or an array of jobs. Raises ConfigError with what sbatch says."""
     executor = slurm_executor(home / "submission", home.name, wants, site, code, request.max_timeouts)
     spread_over(executor, len(todo), request.max_parallel)
-    with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit's copy of what sbatch says
+    before = set(executor.folder.glob("*.pkl"))
+    quietly = contextlib.redirect_stderr(io.StringIO())  # submitit's copy of what sbatch says
+    with hidden(of_other_jobs(executor.parameters)), quietly:
         try:
             jobs = executor.submit_array([job_of(plan, code) for plan in todo])
         except (FailedJobError, FailedSubmissionError) as error:
-            for left in [*executor.folder.glob("*.pkl"), *executor.folder.glob(".submission_file_*.sh")]:
+            new = set(executor.folder.glob("*.pkl")) - before
+            for left in [*new, *executor.folder.glob(".submission_file_*.sh")]:
                 if not left.name.endswith("_submitted.pkl") and not left.is_symlink():
-                    left.unlink()
+                    left.unlink(missing_ok=True)
+            forget(todo)
             said = str(error).strip().removeprefix("sbatch: error: ")
             raise ConfigError(f"sbatch refused the job: {said}; --dry-run shows what it was given") from None
     record(request, code, todo, [job.job_id for job in jobs])
     return jobs
+
+
+def forget(plans: Sequence[Plan]) -> None:
+    """Remove what `keep` wrote for runs that were never submitted."""
+    for plan in plans:
+        if not (plan.submission / RECORD).exists():
+            for name in ("config.yaml", "deepspeed.json"):
+                (plan.submission / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a single run it holds more, such as other logs
+                plan.submission.rmdir()
+                plan.cfg.run.folder.rmdir()
 
 
 def run_on_this_machine(request: Request, wants: Allocation, site: Site, home: Path, code: Path, plan: Plan) -> int:
@@ -155,13 +183,13 @@ def run_on_this_machine(request: Request, wants: Allocation, site: Site, home: P
     try:
         with submitit.helpers.environment_variables(PYTHONPATH=path, PYTHONSAFEPATH="1"):
             job = executor.submit(job_of(plan, code))
+        paths = [job.task(rank).paths for rank in range(wants.world_size)]
+        with stopping(int(job.job_id)):
+            record(request, code, [plan], [job.job_id])
+            print(f"{plan.cfg.run.folder}: process {job.job_id} here, log {job.paths.stdout}", flush=True)
+            follow(job, [path.stdout for path in paths])
     finally:
         signal.signal(signal.SIGINT, before)
-    record(request, code, [plan], [job.job_id])
-    print(f"{plan.cfg.run.folder}: process {job.job_id} here, log {job.paths.stdout}", flush=True)
-    paths = [job.task(rank).paths for rank in range(wants.world_size)]
-    with stopping(int(job.job_id)):
-        follow(job, [path.stdout for path in paths])
     codes = [int(file.read_text()) if (file := exit_code_path(path)).exists() else 1 for path in paths]
     # A rank that lost its peers says 1; the one that they lost knows better.
     code = next((code for code in codes if code > 1), max(codes))
@@ -174,7 +202,8 @@ def run_in_process(plan: Plan) -> int:
     """Run in this process, one rank, with submitit's debug executor; the exit code."""
     executor = submitit.DebugExecutor(plan.submission)
     try:
-        executor.submit(job_of(plan)).results()
+        with hidden(LAUNCHER_VARIABLES):
+            executor.submit(job_of(plan)).results()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0
@@ -200,29 +229,49 @@ def record(request: Request, code: Path, plans: Sequence[Plan], jobs: Sequence[s
         write_atomically(plan.submission / RECORD, json.dumps({"job": job, **common}, indent=1))
 
 
+def of_other_jobs(parameters: Mapping[str, Any]) -> list[str]:
+    """Variables that sbatch and srun would take over: of the job that this process may itself be part of, and those of
+    options that submitit's `parameters` set in the script, over which they would win."""
+    inside = "SLURM_JOB_ID" in os.environ
+    given = {**parameters, **parameters.get("additional_parameters", {})}
+    options = {f"SBATCH_{name.upper().replace('-', '_')}" for name, value in given.items() if value is not None}
+    ours = {f"SBATCH_{name}" for name in OUR_VARIABLES} | options
+    ours |= {"SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"} if "SBATCH_MEM" in options else set()
+    return [
+        name
+        for name in os.environ
+        if name in ours or (inside and name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF")
+    ]
+
+
 @contextlib.contextmanager
-def outside_of_jobs() -> Iterator[None]:
-    """Hide the job that this process may itself be part of: sbatch and srun would take its settings over."""
-    inside = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"]
-    hidden = {name: os.environ.pop(name) for name in inside} if "SLURM_JOB_ID" in os.environ else {}
+def hidden(names: Iterable[str]) -> Iterator[None]:
+    """Take variables out of the environment for the time of the block."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.update(taken)
 
 
 @contextlib.contextmanager
 def stopping(controller: int) -> Iterator[None]:
-    """Pass TERM, and a Ctrl-C once more, on to the ranks, which save and end; this process sees their end."""
+    """Pass TERM, a Ctrl-C once more, and the end of who reads this process's output, on to the ranks, which save and
+    end; this process sees their end."""
 
-    def pass_on(number: int, frame: object) -> None:
-        print("stopping: the ranks save first", file=sys.stderr, flush=True)
+    def stop() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(controller, signal.SIGTERM)
 
+    def pass_on(number: int, frame: object) -> None:
+        print("stopping: the ranks save first", file=sys.stderr, flush=True)
+        stop()
+
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        # Once for both streams: at a second TERM the ranks would end without a save.
+        with outliving_readers(functools.cache(stop)):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -263,8 +312,8 @@ def farewell(home: Path, todo: Sequence[Plan], jobs: Sequence[submitit.Job]) -> 
             *table,
             "",
             f"squeue --jobs={number}",
-            f"tail -F {rows[1][2]}",
-            f"tensorboard --logdir {folder}",
-            f"msm-dist runs {folder if len(todo) > 1 else os.path.dirname(folder) or '.'}",
+            f"tail -F {shlex.quote(rows[1][2])}",
+            f"tensorboard --logdir {shlex.quote(folder)}",
+            f"msm-dist runs {shlex.quote(folder if len(todo) > 1 else os.path.dirname(folder) or '.')}",
         ]
     )

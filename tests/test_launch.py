@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from submitit.core.utils import JobPaths
 
-from msm_dist import admission, launch
-from msm_dist.admission import Request, allocation, job_state, refuse_running, variants
+from msm_dist import admission, launch, submission
+from msm_dist.admission import Plan, Request, allocation, job_state, parse_minutes, refuse_running, variants
 from msm_dist.cli import spread_sweep
 from msm_dist.config import Config
 from msm_dist.errors import ConfigError
-from msm_dist.launch import parse_minutes, slurm_executor, slurm_text
+from msm_dist.launch import slurm_executor, slurm_text, visible_gpus
 from msm_dist.site import Container, Site
-from msm_dist.submission import outside_of_jobs
+from msm_dist.submission import hidden, keep, notes, of_other_jobs, send
 from tests.processes import HERE
 from tests.test_pretrain import Runs, wait_for
 
@@ -81,10 +83,11 @@ def test_sweep_of_nothing_is_refused(words):
         spread_sweep(words.split())
 
 
-def script(folder: Path, site: Site, count: int = 1, max_parallel: int | None = None, **wants: object) -> list[str]:
-    defaults = {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 6, "minutes": 90}
-    asked = launch.Allocation(**(defaults | {"partition": "gpu"} | wants))
-    executor = slurm_executor(folder / "submission", "name", asked, site, folder / "code", max_timeouts=30)
+WANTS = launch.Allocation(2, 4, 4, 6, 90, "gpu")
+
+
+def script(folder: Path, site: Site, count: int = 1, max_parallel: int | None = None) -> list[str]:
+    executor = slurm_executor(folder / "submission", "name", WANTS, site, folder / "code", max_timeouts=30)
     return slurm_text(executor, count, max_parallel).splitlines()
 
 
@@ -200,34 +203,126 @@ def test_folder_with_spaces_and_quotes_survives_the_shell(tmp_path):
         ({"max_parallel": 2}, "--max-parallel 2: is for --sweep"),
         ({"cluster": "local", "nodes": 2}, "it has this machine only; leave --nodes out"),
         ({"cluster": "debug", "tasks_per_node": 2}, "it runs one rank, in this process"),
-        ({"cluster": "local", "profile": Path("x.yaml")}, "describes a Slurm cluster"),
+        ({"cluster": "local", "profile": Path("x.yaml")}, "--profile x.yaml: is for a Slurm cluster"),
+        ({"cluster": "debug", "partition": "gpu"}, "--partition gpu: is for a Slurm cluster"),
+        ({"cluster": "local", "max_parallel": 2}, "--max-parallel 2: is for a Slurm cluster"),
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(given, says):
     with pytest.raises(ConfigError) as caught:
-        allocation(Request("c.yaml", **given), Site(), Config.model_validate({}))
+        allocation(Request("c.yaml", **given), Site(), [Config.model_validate({})])
     assert says in str(caught.value)
 
 
+def test_short_local_run_is_told_of_no_profile():
+    with pytest.raises(ConfigError, match=r"before its limit; ask for more$"):
+        allocation(Request("c.yaml", cluster="local", time="5"), Site(), [Config.model_validate({})])
+
+
 def test_command_line_wins_over_the_profile_and_the_profile_over_the_run():
-    cfg = Config.model_validate({"data": {"num_workers": 5}})
+    cfg = with_workers(5)
     site = Site(partition="theirs", cpus_per_task=9)
-    assert allocation(Request("c"), Site(), cfg).cpus_per_task == 7
-    assert allocation(Request("c"), site, cfg).cpus_per_task == 9
-    assert allocation(Request("c", cpus_per_task=3), site, cfg).cpus_per_task == 3
-    assert allocation(Request("c"), site, cfg).partition == "theirs"
-    assert allocation(Request("c", partition="mine"), site, cfg).partition == "mine"
+    assert allocation(Request("c"), Site(), [cfg]).cpus_per_task == 7
+    assert allocation(Request("c"), site, [cfg]).cpus_per_task == 9
+    assert allocation(Request("c", cpus_per_task=3), site, [cfg]).cpus_per_task == 3
+    assert allocation(Request("c"), site, [cfg]).partition == "theirs"
+    assert allocation(Request("c", partition="mine"), site, [cfg]).partition == "mine"
+
+
+def with_workers(count: int) -> Config:
+    return Config.model_validate({"data": {"num_workers": count}})
+
+
+def test_sweep_gets_the_cpus_that_its_largest_run_wants():
+    assert allocation(Request("c"), Site(), [with_workers(count) for count in (1, 5, 2)]).cpus_per_task == 7
 
 
 def test_job_that_this_process_is_part_of_is_hidden_from_sbatch(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
-    with outside_of_jobs():
-        assert os.environ["SLURM_CPUS_PER_TASK"] == "7"  # of the user, not of a job
+    assert of_other_jobs({}) == []  # of the user, not of a job
     monkeypatch.setenv("SLURM_JOB_ID", "3")
-    with outside_of_jobs():
+    with hidden(of_other_jobs({})):
         assert [name for name in os.environ if name.startswith("SLURM_")] == ["SLURM_CONF"]
     assert os.environ["SLURM_CPUS_PER_TASK"] == "7"
+
+
+def test_variables_of_sbatch_that_would_win_over_the_script_are_hidden(tmp_path, monkeypatch):
+    for name in ("TIMELIMIT", "EXPORT", "NO_REQUEUE", "PARTITION", "MEM_PER_CPU", "ACCOUNT", "JOB_NAME", "RESERVATION"):
+        monkeypatch.setenv(f"SBATCH_{name}", "5")
+    site = Site(mem="4G", sbatch={"reservation": "night"})
+    executor = slurm_executor(tmp_path / "s", "name", WANTS, site, tmp_path / "code", max_timeouts=30)
+    with hidden(of_other_jobs(executor.parameters)):
+        assert [name for name in os.environ if name.startswith("SBATCH_")] == ["SBATCH_ACCOUNT"]
+
+
+def test_local_ranks_get_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(2) == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7,1")
+    assert visible_gpus(2) == [4, 7, 1]
+    assert visible_gpus(0) == ()
+    for text in ("4", "", "GPU-1f0c,GPU-2a"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        with pytest.raises(ConfigError, match="must name that many GPUs by their numbers, such as 0,1"):
+            allocation(Request("c", cluster="local", gpus_per_node=2), Site(), [with_workers(1)])
+
+
+@pytest.mark.parametrize(("time", "seconds", "is_noted"), [("30", 600, True), ("30", 599, False), ("100", 600, False)])
+def test_signal_that_submitit_does_not_count_is_noted(time, seconds, is_noted):
+    site = Site(signal_seconds=seconds)
+    request = Request("c", time=time)
+    said = "\n".join(notes(request, allocation(request, site, [with_workers(1)]), site, []))
+    assert ("--max-timeouts will not end the job" in said) is is_noted
+
+
+def test_ctrl_c_while_a_local_run_is_recorded_stops_it_recorded(tmp_path, monkeypatch):
+    process = subprocess.Popen(["sleep", "100"])
+    paths = JobPaths(tmp_path, str(process.pid), 0)
+    job = SimpleNamespace(
+        job_id=str(process.pid),
+        paths=paths,
+        task=lambda rank: SimpleNamespace(paths=paths),
+        done=lambda: process.poll() is not None,
+    )
+    monkeypatch.setattr(submission, "local_executor", lambda *_: SimpleNamespace(submit=lambda _: job))
+    record = submission.record
+
+    def interrupted(*words):
+        os.kill(os.getpid(), signal.SIGINT)
+        record(*words)
+
+    monkeypatch.setattr(submission, "record", interrupted)
+    plan = Plan(Config.model_validate({"run": {"dir": str(tmp_path), "name": "a"}}), False, ())
+    plan.submission.mkdir(parents=True)
+    wants = launch.Allocation(1, 1, 0, 1, 90, None)
+    request = Request("c", cluster="local")
+    assert submission.run_on_this_machine(request, wants, Site(), tmp_path, tmp_path / "code", plan) == 1
+    assert process.returncode == -signal.SIGTERM
+    assert json.loads((plan.submission / admission.RECORD).read_text())["job"] == str(process.pid)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_refused_submission_leaves_what_was_there(tmp_path, monkeypatch):
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho sbatch: error: invalid account >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    home = tmp_path / "study"
+    plans = [Plan(Config.model_validate({"run": {"dir": str(home), "name": name}}), False, ()) for name in ("a", "b")]
+    request = Request("c", sweep=("seed=1,2",))
+    (home / "submission").mkdir(parents=True)
+    (home / "submission" / "other.pkl").touch()
+    (home / "b" / "submission").mkdir(parents=True)
+    (home / "b" / "submission" / admission.RECORD).touch()
+    keep(request, home, plans, plans)
+    with pytest.raises(ConfigError, match="sbatch refused the job: .*invalid account"):
+        send(request, WANTS, Site(), home, tmp_path / "code", plans)
+    left = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+    mine = {"b/submission/config.yaml", f"b/submission/{admission.RECORD}"}
+    assert left == {"submission/other.pkl", "submission/sweep.json", *mine}
+    assert not (home / "a").exists()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +431,7 @@ def test_corpus_that_is_elsewhere_is_a_note(runs):
 
 
 def test_debug_runs_in_this_process_and_a_finished_run_says_so(runs):
-    done = submit(runs, "debug", "--cluster", "debug", "train.steps=4")
+    done = submit(runs, "debug", "--cluster", "debug", "train.steps=4", RANK="0", WORLD_SIZE="4")
     assert done.returncode == 0, done.stdout
     assert "step 4/4" in done.stdout
     done = submit(runs, "debug", "--cluster", "debug", "train.steps=4")
@@ -384,6 +479,17 @@ def test_local_job_that_is_stopped_saves_and_the_same_command_continues(runs):
     again = submit(runs, "stopped", *LONG, "train.steps=20", "train.valid_every=20", "--cluster", "local")
     assert again.returncode == 0, again.stdout
     assert "continued from" in again.stdout
+
+
+@pytest.mark.distributed
+def test_local_job_whose_output_nobody_reads_any_more_saves_and_stops(runs):
+    job = start(runs, "unread", *LONG)
+    reach(runs, "unread", job, 3)
+    job.stdout.close()
+    assert job.wait(timeout=240) == 128 + signal.SIGTERM
+    logs = "".join(path.read_text() for path in (runs.folder / "unread" / "submission").glob("*_log.out"))
+    assert "stopped and saved at step" in logs
+    assert "Traceback" not in logs
 
 
 @pytest.mark.distributed

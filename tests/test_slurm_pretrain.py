@@ -130,6 +130,44 @@ def test_bad_configuration_ends_before_any_rank_starts(runs: ClusterRuns) -> Non
     assert "Traceback" not in log and "srun" not in log
 
 
+def test_error_of_all_ranks_keeps_its_exit_code(runs: ClusterRuns) -> None:
+    # The first rank to end makes srun send TERM to the others.
+    job = runs.submit("missing", "data.valid_shards=nowhere")
+    assert runs.end(job)["ExitCode"] == "2:0"
+    log = runs.log(job)
+    assert "nowhere" in log and "Traceback" not in log
+    assert log.splitlines()[-1].startswith("exit code 2 (not started")
+
+
+def test_time_limit_without_a_signal_before_it_is_saved(runs: ClusterRuns) -> None:
+    job = runs.submit("at_limit", "train.steps=100000", "checkpoint.every=100000", sbatch=("--signal=URG@1",))
+    runs.reach("at_limit", job, 5)
+    runs.lab.run("scontrol", "update", f"jobid={job}", "EndTime=now+1seconds")
+    assert runs.end(job)["JobState"] == "TIMEOUT"
+    wait(lambda: saved_steps(runs.log(job)), "the save", tell=lambda: runs.tell(job))
+
+
+def test_signal_to_the_batch_script_alone_is_passed_on(runs: ClusterRuns) -> None:
+    job = runs.submit("batch", "train.steps=100000")
+    runs.lab.run("scancel", "--batch", "--signal=USR1", job)  # before there are ranks
+    runs.requeued(job, 1)
+    runs.reach("batch", job, 5)
+    runs.lab.run("scancel", "--batch", "--signal=USR1", job)
+    runs.requeued(job, 2)
+    assert len(saved_steps(runs.log(job))) == 1
+    runs.lab.run("scancel", job)
+    runs.end(job)
+
+
+def test_job_that_is_cancelled_while_it_saves_stays_cancelled(runs: ClusterRuns) -> None:
+    job = runs.submit("twice", "train.steps=100000")
+    runs.reach("twice", job, 5)
+    runs.lab.signal(job, "USR1")
+    runs.lab.run("scancel", job)
+    ended = runs.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
 def test_signal_to_one_rank_requeues_all(runs: ClusterRuns) -> None:
     job = runs.submit("one_rank")
     runs.reach("one_rank", job, 15)

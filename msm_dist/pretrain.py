@@ -28,7 +28,7 @@ from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
 from msm_dist.engine.optim import lr_at
-from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start
+from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, describe_engine, dry_run, fitting_memory, set_lr
@@ -269,6 +269,7 @@ def evaluating(run: Training) -> Iterator[Forward]:
 
 def save(run: Training, complete: bool = False) -> None:
     """Begin to write a checkpoint, or wait until it is complete. A collective."""
+    run.world.on_main(lambda: refuse_if_taken(run.cfg.run.folder))
     bad_samples, missing_samples = run.world.sum([run.bad_samples, run.missing_samples])
     extra = {
         "cursor": run.step * run.layout.blocks_per_step,

@@ -9,7 +9,7 @@ import pytest
 
 from msm_dist.config import parse_config
 from msm_dist.engine import runfolder
-from msm_dist.errors import ConfigError
+from msm_dist.errors import CheckpointError, ConfigError
 
 
 def config(**sections):
@@ -128,7 +128,7 @@ def test_damaged_records_are_clear_errors(tmp_path, content):
 def test_owner_goes_on_when_its_lock_is_unreadable_or_deleted(tmp_path, monkeypatch, content):
     stopped = threading.Event()
     monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runfolder.os, "kill", lambda pid, number: stopped.set())
+    monkeypatch.setattr(runfolder.os, "_exit", lambda code: stopped.set())
     with runfolder.locked(tmp_path):
         (tmp_path / "lock.json").unlink()
         if content:
@@ -139,8 +139,19 @@ def test_owner_goes_on_when_its_lock_is_unreadable_or_deleted(tmp_path, monkeypa
 def test_owner_that_was_taken_for_dead_leaves_the_new_lock_alone_and_stops(tmp_path, monkeypatch):
     stopped = threading.Event()
     monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runfolder.os, "kill", lambda pid, number: stopped.set())
+    monkeypatch.setattr(runfolder.os, "_exit", lambda code: stopped.set())
     with runfolder.locked(tmp_path):
         (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
         assert stopped.wait(5)
+        with pytest.raises(CheckpointError, match="taken over by process 1 on elsewhere"):
+            runfolder.refuse_if_taken(tmp_path)
     assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"
+
+
+def test_owner_may_save_also_when_its_lock_can_not_be_read(tmp_path):
+    with runfolder.locked(tmp_path):
+        runfolder.refuse_if_taken(tmp_path)
+        (tmp_path / "lock.json").write_text("")
+        runfolder.refuse_if_taken(tmp_path)
+        (tmp_path / "lock.json").unlink()
+        runfolder.refuse_if_taken(tmp_path)

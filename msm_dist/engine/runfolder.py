@@ -12,8 +12,8 @@ taken over. Files are replaced atomically.
 import contextlib
 import json
 import os
-import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -24,12 +24,13 @@ from typing import Any
 import yaml
 
 from msm_dist.config import Config, dump_config, flat_items
-from msm_dist.errors import ConfigError
+from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.files import write_atomically
 
 HEARTBEAT_SECONDS = 15.0
 DEAD_AFTER_SECONDS = 120.0
 ENDING_SECONDS = 20.0
+TAKEN_EXIT_CODE = 1
 
 # What may differ between two starts of one run: none of it changes what is computed at a step, but that a
 # longer run's learning rate follows its own, longer cosine.
@@ -80,6 +81,13 @@ def locked(folder: Path, wait_seconds: float = ENDING_SECONDS) -> Iterator[None]
         stopped.set()
         if _read_owner(path) == mine:
             path.unlink(missing_ok=True)
+
+
+def refuse_if_taken(folder: Path) -> None:
+    """Raise CheckpointError when another process owns the folder by now; to be called before something is saved."""
+    owner = _read_owner(folder / "lock.json")
+    if owner and (owner.get("host"), owner.get("pid")) != (socket.gethostname(), os.getpid()):
+        raise CheckpointError(_taken(folder, owner))
 
 
 def compare_config(folder: Path, cfg: Config) -> None:
@@ -222,14 +230,24 @@ def _age(path: Path) -> float:
 
 
 def _beat(path: Path, mine: dict[str, Any] | None, stopped: threading.Event) -> None:
-    """Keep the lock fresh; stop this process when another one has taken the folder over, taking it for dead."""
+    """Keep the lock fresh; end this process when another one has taken the folder over, taking it for dead.
+
+    At once: what it saved would lie between the checkpoints of the new owner.
+    """
     while not stopped.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             # A lock that can't be read now, or was deleted, says nothing of another owner.
             if (owner := _read_owner(path)) and owner != mine:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                print(f"msm-dist: {_taken(path.parent, owner)}", file=sys.stderr, flush=True)
+                os._exit(TAKEN_EXIT_CODE)
             os.utime(path)
+
+
+def _taken(folder: Path, owner: dict[str, Any]) -> str:
+    return (
+        f"{folder} was taken over by process {owner.get('pid')} on {owner.get('host')}, which took this one for dead "
+        "(cut off from Slurm?); nothing more is saved here, the run goes on there"
+    )
 
 
 def _start_time(pid: int) -> str | None:

@@ -205,3 +205,56 @@ def test_missing_data_weighs_more_than_a_requeue_and_both_are_saved(runs, tmp_pa
     codes, output = runs.run("both", *settings)
     assert codes == [0, 0], output
     runs.is_as_undisturbed("both")
+
+
+ALONE = """
+import os, signal, sys, time
+from msm_dist.engine.preempt import Interruption, listening
+from msm_dist.engine.world import join_world
+from msm_dist.errors import ConfigError
+interruption = Interruption(join_world(1).control)
+"""
+
+
+def alone(program: str) -> str:
+    """What a process that listens by itself prints."""
+    done = subprocess.run([sys.executable, "-c", ALONE + program], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_signal_that_others_listen_to_is_no_reason_to_stop():
+    said = alone("""
+signal.signal(signal.SIGCONT, lambda *_: None)
+with listening(interruption):
+    os.kill(os.getpid(), signal.SIGCONT)
+    time.sleep(0.5)
+    before = interruption.heard_anywhere()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(before, interruption.heard_anywhere())
+""")
+    assert said == "False True"
+
+
+def test_term_that_slurm_sends_twice_at_once_is_one():
+    said = alone("""
+with listening(interruption):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    time.sleep(0.5)
+    print(interruption.heard_anywhere(), flush=True)
+""")
+    assert said == "True"
+
+
+def test_failing_run_keeps_its_exit_code_when_the_launcher_ends_the_last_ranks():
+    said = alone("""
+try:
+    with listening(interruption):
+        raise ConfigError("on all ranks")
+except ConfigError:
+    os.kill(os.getpid(), signal.SIGTERM)  # srun's, as another rank was quicker to end
+    print("its own")
+""")
+    assert said == "its own"

@@ -2,7 +2,8 @@
 
 USR1 and USR2 ask for a requeue (exit code 75); TERM, INT, the HUP of a closed terminal (unless nohup has it ignored)
 and the end of the launcher stop without one.
-The same stop again exits at once; one after the other does not, as a Ctrl-C is followed by the launcher's TERM.
+The same stop again, a second later, exits at once; one after the other does not, as a Ctrl-C is followed by the
+launcher's TERM.
 A signal only sets a flag: ranks agree on it at a step boundary, one step late, so that no rank ever waits for the
 others' hosts. Python runs no handler while its main thread is in a collective, as it is when another rank's data is
 late. So a thread is told of each signal too; it ends the process at the second TERM, and tells the store of the process
@@ -31,8 +32,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT_DIED = signal.SIGRTMIN
 PR_SET_PDEATHSIG = 1
 LAUNCHER_POLL_SECONDS = 0.5
-HEARD = "msm_dist/heard"  # in the store of the process group: reason and signal
+HEARD = "msm_dist/heard"  # in the store of the process group, by reason: the signal
 ENDING_SECONDS = 2.0
+SECOND_SECONDS = 1.0
+"""A stop within this of the first is the same one: at a time limit Slurm sends TERM twice, a millisecond apart."""
 
 
 class Interruption:
@@ -61,12 +64,13 @@ class Interruption:
         """Let ranks know whose read is late, whatever the main threads of the others wait for."""
         # With the host of the store the run has ended.
         with contextlib.suppress(RuntimeError):
-            self._store.set(HEARD, f"{reason} {number}")
+            self._store.set(f"{HEARD}/{reason}", str(number))
 
     def heard_anywhere(self) -> bool:
         """Whether this or another rank has heard a reason, which is then this rank's too. Waits for the store only."""
-        if self.heard == NONE and self._store.check([HEARD]):
-            self.hear(*map(int, self._store.get(HEARD).split()))
+        for reason in (STOP, REQUEUE, NO_DATA):
+            if reason > self.heard and self._store.check([key := f"{HEARD}/{reason}"]):
+                self.hear(reason, int(self._store.get(key)))
         return self.heard != NONE
 
     def agreed(self) -> int:
@@ -106,12 +110,15 @@ def listening(interruption: Interruption) -> Iterator[None]:
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
         try:
             yield
+        except BaseException:
+            interruption.stopping = True
+            raise
         finally:
             # First, so that what was to wait at the start does not end this process now.
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
-                # Ranks that stop together don't exit at once: srun and the launcher send TERM to the last ones, whose
-                # exit code must be that of the first.
+                # Ranks that stop or fail together don't exit at once: srun and the launcher send TERM to the last ones,
+                # whose exit code must be that of the first.
                 ignored = interruption.stopping and number != signal.SIGINT
                 # Nor is a requeue asked of a run that has ended a reason to die with another code than it ended with.
                 ignored = ignored or (number in REQUEUE_SIGNALS and handler == signal.SIG_DFL)
@@ -139,13 +146,15 @@ def _told_beside(interruption: Interruption) -> Iterator[None]:
 
 def _hear_beside(receiver: socket.socket, interruption: Interruption) -> None:
     """Until the other end is shut: a byte is the number of a signal."""
-    received: set[int] = set()
+    received: dict[int, float] = {}
     told = NONE
     while numbers := receiver.recv(1):
         number = numbers[0]
-        if number in STOP_SIGNALS and number in received:
+        if number not in (*REQUEUE_SIGNALS, *STOP_SIGNALS, PARENT_DIED):
+            continue  # every signal that Python handles comes here, such as a CONT that others listen to
+        since = time.monotonic() - received.setdefault(number, time.monotonic())
+        if number in STOP_SIGNALS and since >= SECOND_SECONDS:
             os._exit(128 + number)
-        received.add(number)
         if (reason := _reason(number)) > told:
             interruption.tell(reason, number)
             told = reason

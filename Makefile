@@ -88,7 +88,7 @@ test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, re
 	@test "$$(id -u)" = 0 || { echo "test-slurm: needs root (packages, network namespaces, daemons)"; exit 2; }
 	@bash tests/cluster/slurm-up.sh install; \
 	export OMP_NUM_THREADS=1 SLURM_LAB_NAME=msm$$(cksum <<< "$$PWD" | cut -c 1-6); \
-	trap 'bash tests/cluster/slurm-up.sh down' EXIT; \
+	trap 'for more in "" t s; do SLURM_LAB_NAME=$$SLURM_LAB_NAME$$more bash tests/cluster/slurm-up.sh down; done' EXIT; \
 	$(PY) -m pytest -m slurm $(PYTEST_ARGS)
 
 # Without deepspeed the tests of the engine are left out and named; `bench` says that plain AdamW took its place.

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 POLL_SECONDS = 5.0
+SCONTROL_SECONDS = 30
 PATIENCE_SECONDS = 60.0
 """All ranks of a run end within seconds of each other, on all nodes."""
 PR_SET_PDEATHSIG = 1
@@ -42,8 +43,14 @@ def guard(shell: int, step: str, poll: float = POLL_SECONDS, patience: float = P
 
 
 def has_processes_here(step: str) -> bool:
-    """Whether Slurm knows of a process of the step (such as "12.0") on this node."""
-    done = subprocess.run(["scontrol", "listpids", step], capture_output=True, text=True)
+    """Whether a process of the step (such as "12.0") is on this node; also where Slurm can't say."""
+    try:
+        command = ["scontrol", "listpids", step]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_SECONDS)
+    except subprocess.SubprocessError:
+        return True
+    if done.returncode and "does not exist" not in done.stderr:
+        return True
     return any(line.split()[:1] and line.split()[0].isdigit() for line in done.stdout.splitlines())
 
 

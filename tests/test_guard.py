@@ -12,14 +12,17 @@ WATCH = "import os; from msm_dist.guard import guard; guard(os.getppid(), '7.0',
 SCONTROL = """#!/bin/sh
 [ "$1 $2" = "listpids 7.0" ] || exit 9
 echo "PID      JOBID    STEPID   LOCALID GLOBALID"
-if [ -e {ranks} ]; then echo "42       7        0        0       0"; else echo "no StepId=7.0" >&2; exit 1; fi
+if [ -e {ranks} ]; then echo "42       7        0        0       0"; else echo "{gone}" >&2; exit 1; fi
 """
+
+
+GONE = "StepId=7.0 does not exist on node n1."
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A node with a scontrol that lists a rank while the file `ranks` exists, and a long-lived `srun`."""
-    (tmp_path / "scontrol").write_text(SCONTROL.format(ranks=tmp_path / "ranks"))
+    (tmp_path / "scontrol").write_text(SCONTROL.format(ranks=tmp_path / "ranks", gone=GONE))
     (tmp_path / "scontrol").chmod(0o755)
     shutil.copy(shutil.which("sleep"), tmp_path / "srun")
     return tmp_path, {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
@@ -54,6 +57,16 @@ def test_srun_that_has_started_no_rank_yet_is_left_alone(job: tuple[Path, dict[s
 def test_ranks_that_just_ended_are_no_reason(job: tuple[Path, dict[str, str]]) -> None:
     (job[0] / "ranks").touch()
     script = start(job, patience=60, seconds=2.5)
+    time.sleep(1)
+    (job[0] / "ranks").unlink()
+    assert script.communicate(timeout=30)[0] == "srun ended with 0\n"
+
+
+def test_slurm_that_can_not_say_is_no_reason(job: tuple[Path, dict[str, str]]) -> None:
+    (job[0] / "ranks").touch()
+    scontrol = job[0] / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace(GONE, "fatal: Unable to process configuration file"))
+    script = start(job, patience=0.1, seconds=2.5)
     time.sleep(1)
     (job[0] / "ranks").unlink()
     assert script.communicate(timeout=30)[0] == "srun ended with 0\n"

@@ -64,6 +64,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         world._device(0, 4)
 
 
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_missed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert world._device(0, 1).type == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    with pytest.raises(ConfigError, match="Slurm gave 2 GPUs, but torch sees none"):
+        world._device(0, 1)
+    monkeypatch.setenv("MSM_DIST_DEVICE", "cpu")
+    assert world._device(0, 1).type == "cpu"
+
+
 def test_every_group_has_the_time_limit_of_the_configuration():
     # In a process of its own: DeepSpeed starts its groups once per process.
     program = """

@@ -148,8 +148,16 @@ def leave_world() -> None:
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
-    """This rank's GPU, or the CPU where there is none. Raises ConfigError when there are fewer GPUs than ranks."""
+    """This rank's GPU, or the CPU where there is none. Raises ConfigError when there are fewer GPUs than ranks, or
+    when Slurm has given GPUs that torch does not see."""
+    if os.environ.get("MSM_DIST_DEVICE") == "cpu":
+        return torch.device("cpu")
     if not torch.cuda.is_available():
+        if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
+            raise ConfigError(
+                f"{socket.gethostname()}: Slurm gave {gpus} GPUs, but torch sees none: a CPU build, or the driver? "
+                "Look with `msm-dist doctor` on that node; MSM_DIST_DEVICE=cpu in the environment trains on the CPU"
+            )
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if visible == 1:

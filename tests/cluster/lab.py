@@ -116,7 +116,9 @@ def standing(suffix: str = "", **settings: str) -> Iterator[Lab]:
     """A cluster for the time of the block, with settings of slurm-up.sh; its logs stay in /run until the next one."""
     name = os.environ.get("SLURM_LAB_NAME") or f"msm{zlib.crc32(str(ROOT).encode()) % 10**6}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-    cluster = Lab(os.environ | {"PATH": path, "SLURM_LAB_NAME": name + suffix, "OMP_NUM_THREADS": "1"} | settings)
+    # The nodes' GPUs are none.
+    ours = {"PATH": path, "SLURM_LAB_NAME": name + suffix, "OMP_NUM_THREADS": "1", "MSM_DIST_DEVICE": "cpu"}
+    cluster = Lab(os.environ | ours | settings)
     # Another test session of this clone may have one up.
     with open(f"/run/lock/{name}{suffix}.tests", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

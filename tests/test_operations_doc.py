@@ -13,7 +13,7 @@ from deepspeed.launcher.runner import parse_args as parse_deepspeed
 
 from msm_dist.allocation import MEANINGS
 from msm_dist.cli import app, spread_sweep
-from msm_dist.config import Config
+from msm_dist.config import Config, batch_layout, load_config
 from msm_dist.data.commands import app as data_app
 from msm_dist.site import Site
 
@@ -57,6 +57,24 @@ def test_commands_of_msm_dist_parse() -> None:
         config, overrides = context.params.get("config"), context.params.get("overrides") or []
         assert config is None or config.endswith(".yaml"), words
         assert all("=" in override for override in overrides), words
+
+
+def test_runs_that_are_submitted_spread_over_their_ranks() -> None:
+    jobs = []
+    for words in commands("msm-dist"):
+        if words[1] == "submit" and len(words) > 3:
+            given = parse(spread_sweep(words[1:])).params
+            ranks = given["nodes"] * (given["gpus_per_node"] or given["tasks_per_node"] or 1)
+            jobs.append((given["config"], given["overrides"] or [], ranks))
+    for words in commands("sbatch"):
+        if "slurm/pretrain.sh" in words and len(words) > 2:
+            options = dict(word.split("=") for word in words[1 : words.index("slurm/pretrain.sh")])
+            config, *overrides = words[words.index("slurm/pretrain.sh") + 1 :]
+            ranks = int(options.get("--nodes", 1)) * int(options.get("--gpus-per-node", 1))
+            jobs.append((config, overrides, ranks))
+    assert max(ranks for _, _, ranks in jobs) == 16
+    for config, overrides, ranks in jobs:
+        assert batch_layout(load_config(config, overrides), ranks).world_size == ranks
 
 
 def test_a_wrong_command_would_be_found() -> None:

@@ -8,10 +8,8 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from msm_dist.config import Config, batch_layout, load_config
 from msm_dist.corpus import open_corpus, plan_identity
 from msm_dist.engine.runfolder import compare_config, compare_plan
 from msm_dist.errors import ConfigError, DataError, MsmError
+from msm_dist.jobs import waiting_and_running
 from msm_dist.launch import Allocation, visible_gpus
 from msm_dist.site import Site
 from msm_dist.sweep import expand
@@ -82,16 +81,27 @@ def variants(request: Request) -> tuple[Path, list[Config]]:
     if (home / "config.yaml").exists():
         raise ConfigError(f"{home} is the folder of a run; choose another run.name= for the sweep")
     folder = json.dumps(str(cfg.run.folder), ensure_ascii=False)  # YAML too; unquoted, "exp #3" would be "exp"
-    configs, faults = [], []
+    configs, faults = [], {}
     for variant in expand(request.sweep):
         own = (*request.overrides, *variant.overrides, f"run.dir={folder}", f"run.name={variant.name!r}")
         try:
             configs.append(load_config(request.config, own))
         except ConfigError as error:
-            faults.append(f"{variant.name}: {error}")
+            faults[variant.name] = str(error)
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(_grouped(faults))
     return home, configs
+
+
+def _grouped(faults: Mapping[str, str]) -> str:
+    """What is wrong with the runs of these names, the same of many said once."""
+    names: dict[str, list[str]] = {}
+    for name, fault in faults.items():
+        names.setdefault(fault, []).append(name)
+    return "\n".join(
+        f"{of_it[0]}{f' and {len(of_it) - 1} more' if len(of_it) > 1 else ''}: {fault}"
+        for fault, of_it in names.items()
+    )
 
 
 def allocation(request: Request, site: Site, configs: Sequence[Config]) -> Allocation:
@@ -170,14 +180,14 @@ def _refuse_without_slurm(request: Request, wants: Allocation) -> None:
 
 def check_all(configs: Sequence[Config], world_size: int) -> list[Plan]:
     """Every run's plan. Raises ConfigError with all that stands against any of them."""
-    plans, faults = [], []
+    plans, faults = [], {}
     for cfg in configs:
         try:
             plans.append(check(cfg, world_size))
         except MsmError as error:
-            faults.append(f"{cfg.run.name}: {error}" if len(configs) > 1 else str(error))
+            faults[cfg.run.name] = str(error)
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(_grouped(faults) if len(configs) > 1 else "\n".join(faults.values()))
     return plans
 
 
@@ -227,13 +237,10 @@ def refuse_running(folder: Path) -> None:
 
 def job_state(job: str) -> str | None:
     """What squeue says of a job, in lower case; None when it has ended. Raises ConfigError when it can't be asked."""
-    if not shutil.which("squeue"):
-        return None  # no Slurm here: the run folder's lock is what still guards the run
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise ConfigError(f"`{' '.join(command)}` failed: {done.stderr.strip()}; try again when Slurm answers")
-    return ", ".join(sorted({line.strip().lower() for line in done.stdout.splitlines() if line.strip()})) or None
+    told = waiting_and_running(job)  # of no Slurm here nothing: the run folder's lock is what still guards the run
+    if told.complaint and "Invalid job id" not in told.complaint:
+        raise ConfigError(f"job {job} of this run may go on: {told.complaint}; try again when Slurm answers")
+    return ", ".join(sorted({found.state.lower() for found in told.by_number.values()})) or None
 
 
 def _is_controller(pid: str) -> bool:

@@ -40,9 +40,10 @@ class Jobs:
     complaint: str = ""
 
 
-def waiting_and_running() -> Jobs:
-    """The jobs of squeue, of all users: a run folder may be shared."""
-    lines = _ask("squeue", "--array", "--all", "--noheader", "--format=%i|%A|%T|%r")
+def waiting_and_running(number: str | None = None) -> Jobs:
+    """The jobs of squeue, of all users: a run folder may be shared. Of one job, if a number is given."""
+    which = [] if number is None else [f"--jobs={number}"]
+    lines = _ask("squeue", "--array", "--all", "--noheader", "--format=%i|%A|%T|%r", *which)
     if isinstance(lines, Jobs):
         return lines
     rows = [row for row in (line.split("|", 3) for line in lines) if len(row) == 4]

@@ -5,8 +5,8 @@ text. Raises ConfigError where there is no such folder.
 
 States: `finished` (all steps done, weights exported), `running` (its owner lives, or Slurm runs its job), `queued`
 (Slurm's reason beside it), `stopped` (not running, goes on from a checkpoint), `diverged`, `failed` (its job failed, or
-it ended before anything was saved), `never started` (submitted, but Slurm has no such job), `submitted` (Slurm could
-not be asked).
+it ended before anything was saved), `never started` (submitted, but Slurm refused or has no such job), `submitted`
+(Slurm could not be asked).
 """
 
 import json
@@ -24,8 +24,8 @@ from msm_dist.errors import ConfigError
 from msm_dist.jobs import Job, Jobs
 from msm_dist.traces import Traces, run_folders, traces
 
-INTERRUPTED = {128 + 2, 128 + 15}
-"""Exit codes of a run that was told to stop."""
+INTERRUPTED = {75, 128 + 2, 128 + 15}
+"""Exit codes of a run that was told to save and stop."""
 FAILURES = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 COLORS = {"finished": "green", "running": "cyan", "queued": "yellow", "stopped": "blue"}
 HEADINGS = ("run", "state", "job", "step", "loss", "valid loss", "clips/s", "last line")
@@ -108,14 +108,16 @@ def _state(seen: Traces, job: Job | None, queue: Jobs, past: Jobs) -> tuple[str,
     """State and note of a run, by what is surest; `job` is the one of the queue that runs it or will."""
     if job and job.state in jobs.QUEUED:
         return "queued", job.reason
-    if job and job.state in jobs.ACTIVE:
-        return "running", "" if job.state == "RUNNING" else job.state.lower()
+    is_active = job is not None and job.state in jobs.ACTIVE
     if seen.is_alive:
-        return "running", ""
+        return "running", job.state.lower() if is_active and job.state != "RUNNING" else ""
     if seen.is_exported and seen.step is not None and seen.step == seen.total_steps:
         return "finished", ""
     if seen.diverged_step is not None:
         return "diverged", f"at step {seen.diverged_step}" if seen.diverged_step >= 0 else ""
+    tells = [number for number in seen.numbers if number != seen.left_number or seen.is_locked]
+    if is_active and any(queue.by_number.get(number) is job for number in tells):
+        return "running", "" if job.state == "RUNNING" else job.state.lower()
     end = _end(seen, past)
     notes = [_in_words(end)] if end else ["killed"] if seen.is_locked else []
     if seen.is_begun:
@@ -124,7 +126,8 @@ def _state(seen: Traces, job: Job | None, queue: Jobs, past: Jobs) -> tuple[str,
         return "failed" if has_failed or seen.saved_step is None else "stopped", ", ".join(notes)
     if end:
         return "failed", ", ".join([*notes, "never started"])
-    return ("never started" if queue.answered and seen.numbers else "submitted"), ""
+    is_unknown = queue.answered if seen.numbers else seen.local_job is None  # without any number sbatch refused it
+    return ("never started" if is_unknown else "submitted"), ""
 
 
 def _end(seen: Traces, past: Jobs) -> Job | None:

@@ -57,6 +57,8 @@ class Traces:
     """Number of the Slurm job that the owner of the lock is."""
     numbers: tuple[str, ...]
     """Numbers of Slurm jobs that may run it: that of the lock, of the latest start, of the submission."""
+    left_number: str | None
+    """The one of them that only the latest start tells of: it may be an interactive job, which outlives the run."""
     local_job: str | None
     """What a submission without Slurm calls its job."""
 
@@ -102,7 +104,8 @@ def traces(folder: Path, now: float) -> Traces:
     owner, environment = _read_json(folder / "lock.json"), _read_json(folder / "environment.json")
     submission, diverged = _read_json(submitted / "submission.json"), _read_json(folder / "diverged.json")
     by_slurm = submission if submission.get("cluster", "slurm") == "slurm" else {}
-    numbers = dict.fromkeys(filter(None, map(_job_number, (owner, environment, by_slurm))))
+    held, begun, submitted_as = map(_job_number, (owner, environment, by_slurm))
+    numbers = dict.fromkeys(filter(None, (held, begun, submitted_as)))
     is_diverged = fell is not None and (started is None or fell >= started)
     return Traces(
         step=saved if step is None else step,
@@ -118,8 +121,9 @@ def traces(folder: Path, now: float) -> Traces:
         is_begun=any(_changed(folder / name) for name in ("config.yaml", "metrics.jsonl", "lock.json")),
         is_locked=heartbeat is not None,
         is_alive=heartbeat is not None and _is_alive(owner, now - heartbeat),
-        owner_number=_job_number(owner),
+        owner_number=held,
         numbers=tuple(numbers),
+        left_number=None if begun in (held, submitted_as) else begun,
         local_job=None if by_slurm else _text(submission.get("job")),
     )
 

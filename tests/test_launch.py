@@ -328,19 +328,25 @@ def test_refused_submission_leaves_what_was_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "state"),
     [
-        ("echo RUNNING", "running"),
+        ("echo '12_3|14|RUNNING|None'", "running"),
+        ("echo '12_3|14|COMPLETING|None'", "completing"),
+        ('test -z "$SQUEUE_STATES$SQUEUE_FORMAT" && echo "12_3|12|PENDING|Priority"', "pending"),
         ("true", None),
         ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", None),
     ],
 )
 def test_state_of_an_earlier_job_is_what_squeue_says(tmp_path, monkeypatch, answer, state):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%j")
     squeue(tmp_path, monkeypatch, answer)
     assert job_state("12_3") == state
 
 
 def test_slurm_that_does_not_answer_is_no_ended_job(tmp_path, monkeypatch):
     squeue(tmp_path, monkeypatch, "echo Unable to contact slurm controller >&2; exit 1")
-    with pytest.raises(ConfigError, match="Unable to contact slurm controller; try again when Slurm answers"):
+    with pytest.raises(
+        ConfigError, match="job 12 of this run may go on: .* slurm controller; try again when Slurm answers"
+    ):
         job_state("12")
 
 
@@ -371,6 +377,17 @@ def test_every_fault_of_every_run_of_a_sweep_is_told_at_once(runs):
     said = str(caught.value)
     assert said.count("data.crop_frames = 100: must be a multiple") == 2
     assert said.count("model.patch_size = 17x16: its height must divide") == 2
+
+
+def test_one_fault_of_all_runs_of_a_sweep_is_told_once(runs):
+    with pytest.raises(ConfigError) as caught:
+        variants(Request(str(runs.config), (*runs.command("sweep")[1:], "data.crop_framez=96"), sweep=("seed=1,2,3",)))
+    assert str(caught.value).count("data.crop_framez: unknown key") == 1
+
+
+def test_one_fault_of_several_runs_of_a_sweep_names_the_first_and_counts_the_others(runs):
+    with pytest.raises(ConfigError, match=r"(?s)^sizes-a_seed-1 and 1 more: .*model.sizes: unknown key"):
+        variants(Request(str(runs.config), tuple(runs.command("sweep")[1:]), sweep=("model.sizes=a", "seed=1,2")))
 
 
 def test_runs_of_a_sweep_live_below_its_folder(runs):

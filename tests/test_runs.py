@@ -183,6 +183,29 @@ def test_what_squeue_says_of_a_job(tmp_path: Path, programs: Path) -> None:
     assert len(calls.read_text().splitlines()) == 1
 
 
+def test_a_run_that_ended_within_a_job_that_lives_on(tmp_path: Path, programs: Path) -> None:
+    runs = tmp_path / "runs"
+    Folder(runs / "diverged").start(age=50).save(10).write("diverged.json", {"step": 17}, age=20).submit("5")
+    Folder(runs / "finished").start().save(100).export().log({"step": 100, "loss": 0.25}).submit("5")
+    Folder(runs / "left").start().save(10).write("environment.json", {"job": "5"})
+    Folder(runs / "starting").start().save(10).write("environment.json", {"job": "5"}).submit("5")
+    Folder(runs / "task").start().save(10).write("environment.json", {"job": "8"}).submit("7_1")
+    program(programs, SQUEUE, "echo '5|5|RUNNING|None'; echo '7_1|8|RUNNING|None'")
+    assert {run.run: (run.state, run.note) for run in find_runs(runs)[0]} == {
+        "diverged": ("diverged", "at step 17"),
+        "finished": ("finished", ""),
+        "left": ("stopped", "saved at step 10"),
+        "starting": ("running", ""),
+        "task": ("running", ""),
+    }
+
+
+def test_settings_without_a_submission_never_started(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "runs" / "a")
+    folder.write("submission/config.yaml", dump_config(folder.cfg))
+    assert state(tmp_path / "runs") == ("never started", "")
+
+
 def test_a_number_that_all_waiting_tasks_share_is_no_one_of_them(tmp_path: Path, programs: Path) -> None:
     Folder(tmp_path / "runs" / "a").start().save(10).lock(age=1e4, job="7")
     program(programs, SQUEUE, "echo '7_2|7|PENDING|Priority'; echo '7_3|7|PENDING|Priority'")
@@ -194,6 +217,7 @@ def test_a_number_that_all_waiting_tasks_share_is_no_one_of_them(tmp_path: Path,
     [
         ("5|5|FAILED|2:0", ("failed", "failed with exit code 2, saved at step 10")),
         ("4_1|5|OUT_OF_MEMORY|0:125", ("failed", "out of memory, saved at step 10")),
+        ("5|5|FAILED|75:0", ("stopped", "failed with exit code 75, saved at step 10")),
         ("5|5|FAILED|143:0", ("stopped", "failed with exit code 143, saved at step 10")),
         ("5|5|CANCELLED by 1000|0:15", ("stopped", "cancelled, saved at step 10")),
         ("5|5|TIMEOUT|0:0", ("stopped", "timeout, saved at step 10")),

@@ -5,13 +5,15 @@ file in one ConfigError. The lines of `setup` are run by the job's shell: a prof
 """
 
 import difflib
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from msm_dist.errors import ConfigError
+from msm_dist.sweep import repeated_key
 
 PLAIN_PYTHON = "python3"
 """Interpreter in a container that names none, and on a node of which nothing else is known."""
@@ -33,11 +35,19 @@ OURS = {
     "gpus-per-node": "--gpus-per-node, and gres:",
     "open-mode": "nothing: a requeued job appends to its log",
     "output": "run.dir= and run.name=",
+    "parsable": "nothing: what sbatch says is read here",
     "requeue": "nothing: it is always set",
     "signal": "signal_seconds:",
     "time": "--time",
+    "wait": "nothing: msm-dist runs shows how jobs go on",
 }
 """Options of sbatch that have their place elsewhere."""
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("is no text: quote it, as 'true', or write 1")
+    return value
 
 
 class Container(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -76,17 +86,22 @@ class Site(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True
     signal_seconds: int = Field(300, ge=30, le=3600)
     """How long before the time limit a job is told to save."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the ranks start, such as `module load cuda` or `source venv/bin/activate`."""
-    environment: dict[Name, str | int | float] = {}
+    """Shell lines before the ranks start, such as `module load cuda`. The interpreter is that of `python`."""
+    environment: dict[Name, Annotated[str | int | float, BeforeValidator(_no_truth)]] = {}
     """Environment variables of the job."""
     python: Word | None = None
-    """Interpreter on the nodes; none: the one that submits."""
+    """Interpreter on the nodes, ~ being the home of who submits; none: the one that submits."""
     container: Container | None = None
     """Image that the ranks run in."""
     srun: tuple[Word, ...] = ()
     """More options of srun, such as --mpi=none."""
     sbatch: dict[str, Word | int | bool] = {}
     """More options of sbatch by their long names, such as reservation: night; true for one without a value."""
+
+    @field_validator("python")
+    @classmethod
+    def _python(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)
 
     @field_validator("gres")
     @classmethod
@@ -121,7 +136,8 @@ def load_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such cluster profile; slurm/cluster.example.yaml shows one") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -130,6 +146,8 @@ def load_site(path: Path | None) -> Site:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `field: value` lines; slurm/cluster.example.yaml shows them")
+    if values and (twice := repeated_key(root)):
+        raise ConfigError(f"{path}: {twice}: is given twice; remove one")
     try:
         return Site.model_validate(values or {})
     except ValidationError as error:
@@ -145,5 +163,7 @@ def _describe(fault: dict) -> str:
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{field}: unknown field; {hint}"
+    if fault["type"] == "tuple_type":
+        return f"{field} = {fault['input']!r}: must be a list, such as [{fault['input']}]"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{field} = {fault['input']!r}: {message[:1].lower()}{message[1:]}"

@@ -169,13 +169,19 @@ def _read(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold {', '.join(f'`{key}:`' for key in FILE_KEYS)} of a sweep")
-    # A mapping in Python has forgotten that the file gave a key twice.
+    if twice := repeated_key(root):
+        raise ConfigError(f"{path}: {twice}: is given twice; give all its values in one list")
+    return content
+
+
+def repeated_key(root: yaml.MappingNode) -> str | None:
+    """A key that a YAML mapping, or one right in it, has twice: what Python makes of it has forgotten that."""
     for node in (root, *(value for _, value in root.value)):
         if isinstance(node, yaml.MappingNode):
             counts = Counter(str(key.value) for key, _ in node.value)
             if twice := [key for key, count in counts.items() if count > 1]:
-                raise ConfigError(f"{path}: {twice[0]}: is given twice; give all its values in one list")
-    return content
+                return twice[0]
+    return None
 
 
 def _choice(place: str, entry: Any) -> Choice:

@@ -439,6 +439,15 @@ def test_wrong_submission_is_one_message_and_exit_code_2(runs, words, says):
     assert "Traceback" not in done.stdout
 
 
+def test_python_without_the_package_is_told_what_to_do(tmp_path):
+    words = [sys.executable, "-S", str(HERE.parent / "slurm" / "submit.py"), "c.yaml"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert "has no msm_dist: submit with the project's own" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_corpus_that_is_elsewhere_is_a_note(runs):
     done = submit(runs, "elsewhere", "data.shards=nowhere", "--dry-run")
     assert done.returncode == 0, done.stdout

@@ -66,6 +66,11 @@ def test_profile_does_not_change():
         ("sbatch: {cpus-per-task: 3}", "cpus-per-task has a field of its own: cpus_per_task:"),
         ("sbatch: {exclusive: false}", "exclusive: false says nothing to sbatch"),
         ('account: "a\\nb"', "account = 'a\\nb'"),
+        ("sbatch: {parsable: true}", "parsable has its place elsewhere: nothing"),
+        ("setup: module load x", "setup = 'module load x': must be a list, such as [module load x]"),
+        ("environment: {DEBUG: true}", "environment.DEBUG = True: is no text: quote it, as 'true', or write 1"),
+        ("mem: 1G\nmem: 2G", "mem: is given twice; remove one"),
+        ("sbatch: {nice: 1, nice: 2}", "nice: is given twice; remove one"),
         ("[1, 2]", "must hold `field: value` lines"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
@@ -95,3 +100,9 @@ def test_numbers_stand_for_words(tmp_path):
     path.write_text("mem: 0\naccount: 4711\n")
     site = load_site(path)
     assert (site.mem, site.account) == ("0", "4711")
+
+
+def test_interpreter_in_the_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_site(write(tmp_path, "python: ~/venv/bin/python")).python == "/home/me/venv/bin/python"
+    assert load_site(write(tmp_path, "environment: {DEBUG: 1, RATE: 0.5}")).environment == {"DEBUG": 1, "RATE": 0.5}

@@ -122,8 +122,8 @@ def why_not_again(cfg: Config, record: str) -> str:
     """What speaks against a requeue that the ranks asked for; nothing: no word."""
     if is_preempted(record):
         return ""
-    if re.search(r"\bJobState=(CANCELLED|COMPLETING) Reason=None\b", record):
-        return "it was cancelled meanwhile"  # at its time limit the reason is TimeLimit
+    if is_cancelled(record):
+        return "it was cancelled meanwhile"
     start, end = (re.search(rf"\b{name}=(\d{{4}}\S+)", record) for name in ("StartTime", "EndTime"))
     if start is None or end is None:
         return ""
@@ -137,6 +137,12 @@ def why_not_again(cfg: Config, record: str) -> str:
 def is_preempted(record: str) -> bool:
     """Whether Slurm preempts the job just now; a requeue forgets it."""
     return re.search(r"\bPreemptTime=\d", record) is not None
+
+
+def is_cancelled(record: str) -> bool:
+    """Whether the job was cancelled, by its user or an administrator. At its time limit the reason is TimeLimit."""
+    ending = re.search(r"\bJobState=(CANCELLED|COMPLETING) Reason=None\b", record)
+    return ending is not None and not is_preempted(record)
 
 
 def job_name(environment: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import JobPaths, UncompletedJobError
 
+from msm_dist.allocation import announce, conclude, is_cancelled, slurm_record
 from msm_dist.errors import ConfigError, reporting
 from msm_dist.site import PLAIN_PYTHON, Site
 
@@ -101,7 +102,6 @@ class PretrainJob:
                 f"{snapshot}: the code that this job was submitted with is gone or hidden, {Path(__file__).parent} "
                 "would run instead; submit again"
             )
-        from msm_dist.allocation import announce, conclude
         from msm_dist.config import load_config
 
         speaks = os.environ.get("RANK", "0") == "0"
@@ -112,7 +112,8 @@ class PretrainJob:
 
         code = pretrain.main([self.config])
         if speaks:
-            print(conclude(cfg, code), flush=True)
+            # Where an error was said too, behind it.
+            print(conclude(cfg, code), file=sys.stderr, flush=True)
         return code
 
 
@@ -144,6 +145,10 @@ def _requeue(environment: submitit.JobEnvironment, handler: Any, code: int) -> N
             return  # the local controller waits for every rank to end by itself
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(REQUEUE_SECONDS)
+        return
+    if environment.cluster == "slurm" and is_cancelled(slurm_record(environment.job_id)):
+        # Slurm would run it again all the same.
+        print(f"msm-dist: saved, but not started again: the job was cancelled meanwhile; {AGAIN}", file=sys.stderr)
         return
     try:
         handler(_signal(environment), None)

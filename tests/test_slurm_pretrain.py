@@ -149,6 +149,7 @@ def test_time_limit_without_a_signal_before_it_is_saved(runs: ClusterRuns) -> No
 
 def test_signal_to_the_batch_script_alone_is_passed_on(runs: ClusterRuns) -> None:
     job = runs.submit("batch", "train.steps=100000")
+    runs.wait(lambda: "== " in runs.log(job), job, "the script's first line")
     runs.lab.run("scancel", "--batch", "--signal=USR1", job)  # before there are ranks
     runs.requeued(job, 1)
     runs.reach("batch", job, 5)

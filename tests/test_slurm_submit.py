@@ -96,6 +96,15 @@ def test_cancelled_job_saves_and_stays_cancelled_and_a_second_one_is_refused_mea
     runs.is_as_undisturbed("cancelled")
 
 
+def test_job_that_is_cancelled_while_it_saves_stays_cancelled(runs: SubmittedRuns) -> None:
+    job = runs.submit("twice")
+    runs.reach("twice", job, 5)
+    runs.lab.signal(job, "USR2")
+    runs.lab.run("scancel", job)
+    ended = runs.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
 def test_time_outs_are_counted_down_to_an_end_that_is_saved(runs: SubmittedRuns) -> None:
     job = runs.submit("limited", "train.steps=100000", "--time=7", "--max-timeouts=1")
     runs.reach("limited", job, 10)

@@ -39,6 +39,7 @@ TEARDOWN = [
     """if [ "$code" -eq 143 ] && scontrol show job "$job" 2>/dev/null | grep -Eq 'PreemptTime=[0-9]'; then""",
     '  echo "job $job: preempted by TERM; asking Slurm to run it again"',
     '  if scontrol requeue "$job"; then exit 0; fi',
+    f'  echo "job $job: Slurm does not run it again; {AGAIN}"',
     "fi",
     'exit "$code"',
 ]

@@ -138,7 +138,11 @@ def test_queued_job_runs_the_code_it_was_submitted_with(runs: SubmittedRuns, tmp
     sources = take_snapshot(tmp_path / "sources")
     profile = tmp_path / "held.yaml"
     profile.write_text("sbatch: {hold: true}\n")
-    job = runs.submit("held", *SHORT, "--profile", str(profile), PYTHONPATH=str(sources), PYTHONSAFEPATH="1")
+    own = {"PYTHONPATH": str(sources), "PYTHONSAFEPATH": "1"}
+    # The limit would have the job told to save as it starts, again and again; without PATH there would be no srun.
+    own |= {"SBATCH_TIMELIMIT": "5", "SBATCH_EXPORT": "NONE"}
+    job = runs.submit("held", *SHORT, "--profile", str(profile), **own)
+    assert runs.lab.job(job)["TimeLimit"] == "00:30:00"
     for package in PACKAGES:
         shutil.rmtree(sources / package)
         (sources / package).mkdir()

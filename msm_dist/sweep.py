@@ -199,10 +199,13 @@ def _key(place: str, key: Any) -> str:
 
 def _as_text(place: str, value: Any) -> str:
     """A value as YAML on one line. Only what settings hold: scalars and lists of them."""
-    for item in value if isinstance(value, list) else [value]:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
         if isinstance(item, dict | list | set | bytes):
             raise ConfigError(f"{place} = {value!r}: must be a value or a list of values; name settings as section.key")
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    # Unescaped, U+0085 would be read as the end of a line.
+    is_printable = "".join(map(str, items)).isprintable()
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=is_printable)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

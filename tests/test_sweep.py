@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from msm_dist.config import Run, batch_layout, load_config
@@ -131,6 +131,8 @@ def test_a_file_may_set_several_settings_together(tmp_path: Path) -> None:
     assert (cfg.data.crop_frames, cfg.optim.lr, cfg.seed) == (608, 1e-5, 1)
 
 
+@example("\x85")
+@example(["é", "\u2028"])
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=1))
 def test_a_files_value_reaches_the_configuration_unchanged(tmp_path_factory: pytest.TempPathFactory, value) -> None:
     path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"

@@ -12,7 +12,6 @@ KILL=disk:S          nobody dies; writing the state of a checkpoint takes S seco
 KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied by that
 KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 KILL=stuck:S         nobody dies; the loader worker of KILL_RANK blocks for ever in the read of step S
-KILL=stopped:S       nobody dies; ... stops there by SIGSTOP
 KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
 KILL=lost:S          nobody dies; ... blocks there, and those of the others find their data gone
 KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until there is a file MARK.go
@@ -98,8 +97,6 @@ def stuck(reader, block):
     fifo = Path(os.environ["MARK"] + f".fifo.{os.getpid()}")
     os.mkfifo(fifo)
     mark()
-    if what == "stopped":
-        os.kill(os.getpid(), signal.SIGSTOP)
     return fifo.read_bytes()
 
 
@@ -164,7 +161,7 @@ if mine and what == "rename":
     checkpoint.Path.rename = lambda *_: die()
 if mine and what == "export":
     pretrain.finish = lambda *_: die()
-if (mine and what in ("stuck", "stopped", "undead")) or what == "lost":
+if (mine and what in ("stuck", "undead")) or what == "lost":
     read_block, crops.CropReader.block = crops.CropReader.block, stuck
 if what == "undead":
     multiprocessing.process.BaseProcess.kill = multiprocessing.process.BaseProcess.terminate = lambda *_: None

@@ -120,7 +120,7 @@ def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
     stops("pause:build", "0", {1: (USR2,)}, {}, 75, 0, blocked=True)
     # A worker stuck in the read of a step: the signal goes to the rank itself, or to one that waits in a collective.
     stops("stuck:3", "1", {}, {0: (USR1,)}, 75, 2)
-    stops("stopped:3", "0", {}, {1: (TERM, USR1)}, 75, 2)
+    stops("stuck:3", "0", {}, {0: (TERM,), 1: (USR1,)}, 75, 2)
     stops("stuck:4", "0", {}, {0: (TERM,)}, 143, 3)
     # ... or none is sent, and another rank can read no more.
     stops("lost:5", "0", {}, {}, 2, 4)

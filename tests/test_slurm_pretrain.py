@@ -5,8 +5,9 @@ with a run that met none.
 """
 
 import copy
+import os
 import re
-import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,11 @@ class ClusterRuns(Runs):
         common = [f"run.dir={self.folder}", f"run.name={name}", f"data.shards={self.train}"]
         return [str(self.config), *common, f"data.valid_shards={self.valid}", *SETTINGS, *settings]
 
-    def submit(self, name: str, *settings: str, sbatch: tuple[str, ...] = ()) -> str:
+    def submit(self, name: str, *settings: str, sbatch: tuple[str, ...] = (), **environment: str) -> str:
         """A job of two nodes with one task each, unless `sbatch` says otherwise; its number."""
         log = f"--output={self.folder}/{self.logs}"
         options = ("--nodes=2", "--cpus-per-task=2", "--time=30", log, *sbatch)
-        return self.lab.sbatch(*options, "slurm/pretrain.sh", *self.command(name, *settings))
+        return self.lab.sbatch(*options, "slurm/pretrain.sh", *self.command(name, *settings), **environment)
 
     def log(self, job: str) -> str:
         path = self.folder / self.logs.replace("%j", job)
@@ -291,15 +292,36 @@ def test_network_cut_between_nodes_ends_the_job(runs: ClusterRuns) -> None:
     runs.is_as_undisturbed("cut")
 
 
-def test_signal_while_a_worker_is_stuck(runs: ClusterRuns) -> None:
-    job = runs.submit("stuck")
+STICKS = """
+import os, signal, time
+
+def stick(*_):
+    while True:
+        time.sleep(1000)
+
+os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGWINCH, stick))
+"""
+"""What Python runs first: a loader worker that gets WINCH never reads on, as from a dead file server."""
+
+
+def test_signal_while_a_worker_is_stuck(runs: ClusterRuns, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STICKS)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    job = runs.submit("stuck", PYTHONPATH=path)
     runs.reach("stuck", job, 15)
     rank, worker, *_ = runs.lab.pids("n2", RANK)
     assert worker != rank
-    runs.lab.kill("n2", signal.SIGSTOP.name.removeprefix("SIG"), worker)
+    runs.lab.kill("n2", "WINCH", worker)
+    wait(lambda: not is_advancing(runs.folder / "stuck"), "the run to be stuck")
     runs.lab.signal(job, "USR1")
     runs.requeued(job, 1)
     runs.finish(job)
     log = runs.log(job)
     assert continued_from(log) == saved_steps(log) != [], log
     runs.is_as_undisturbed("stuck")
+
+
+def is_advancing(folder: Path) -> bool:
+    before = steps_done(folder)
+    time.sleep(3)
+    return steps_done(folder) > before

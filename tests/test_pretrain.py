@@ -307,7 +307,9 @@ def test_rank_that_is_killed_is_missed_at_once_by_the_others(runs):
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGUSR1, [75, 75]), (signal.SIGHUP, [143, 129])])
 def test_signal_to_one_rank_stops_all_after_a_save_and_the_run_continues(runs, sent, expected):
     name = f"signal-{sent.name}"
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it would be inherited where nohup started the tests
     processes = runs.start(name, KILL="slow:0.2")
+    signal.signal(signal.SIGHUP, ignored)
     metrics = runs.folder / name / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, processes)
     processes[1].send_signal(sent)

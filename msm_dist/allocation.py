@@ -29,11 +29,12 @@ MEANINGS = {
     2: "not started or stopped for the reason above, which a restart does not mend",
     3: "diverged: the message above names the clips and the learning rate",
     75: "saved, asks to be run again",
+    129: "stopped by HUP (a closed terminal) and saved, unless the message above says otherwise",
     130: "stopped by INT and saved, unless the message above says otherwise",
     134: "a rank aborted, as after a collective that waited longer than engine.timeout_minutes",
     137: "a rank was killed (KILL): out of memory, or a node that was taken away",
     139: "a rank crashed (SEGV)",
-    143: "stopped by TERM, saved if a step was done since",
+    143: "stopped by TERM and saved, unless it came twice or while Python started",
 }
 """Exit codes of a run and of srun, in words."""
 SIGNAL_SECONDS = 300

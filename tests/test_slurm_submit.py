@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> SubmittedRuns:
 
 
 def test_signal_to_one_rank_and_during_the_start_requeues_all(runs: SubmittedRuns) -> None:
-    job = runs.submit("one_rank")
+    job = runs.submit_paced("one_rank")
     runs.reach("one_rank", job, 15)
     runs.lab.kill("n2", "USR2", runs.lab.pids("n2", RANK)[0])
     runs.requeued(job, 1)
@@ -68,7 +68,7 @@ def test_signal_to_one_rank_and_during_the_start_requeues_all(runs: SubmittedRun
 
 
 def test_cancelled_job_saves_and_stays_cancelled_and_a_second_one_is_refused_meanwhile(runs: SubmittedRuns) -> None:
-    job = runs.submit("cancelled")
+    job = runs.submit_paced("cancelled")
     runs.reach("cancelled", job, 15)
     second = subprocess.run(
         ["bash", "tests/cluster/slurm-up.sh", "exec", *SUBMIT, *runs.command("cancelled"), "--nodes=2"],
@@ -125,7 +125,7 @@ def test_preemption_by_term_alone_requeues(runs: SubmittedRuns) -> None:
     # Without preempt_send_user_signal the job's USR2 never comes: TERM is all that says it is preempted.
     with standing("s", SLURM_LAB_EXTRA="SlurmctldParameters=idle_on_node_suspend") as site:
         there = runs.on(site)
-        job = there.submit("by_term", "--partition=low")
+        job = there.submit_paced("by_term", "--partition=low")
         there.reach("by_term", job, 15)
         site.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
         there.requeued(job, 1)

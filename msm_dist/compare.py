@@ -24,6 +24,9 @@ STEPS_SHOWN = 8
 PLACES = ("run.", "data.shards", "data.valid_shards")
 EXECUTION = (
     "data.num_workers",
+    "data.read_timeout_seconds",
+    "data.read_retries",
+    "data.connections",
     "data.verify",
     "model.backend",
     "train.micro_batch",

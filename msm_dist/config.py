@@ -85,6 +85,12 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     """Share of clips that may fail to decode before the run stops."""
     allow_missing_shards: bool = False
     """Start although shards of the index are missing; their slots are filled from neighbours."""
+    read_timeout_seconds: float = Field(30.0, gt=0, le=3600)
+    """How long a remote read may go without a byte before it is tried again."""
+    read_retries: int = Field(5, ge=0, le=100)
+    """How often a remote read that failed is tried again, after growing pauses, before the run stops."""
+    connections: int = Field(8, ge=1, le=256)
+    """Parallel requests of each loader process to a remote store."""
     verify: Literal["size", "digest"] = "size"
     """What of each shard is compared with the index at the start: its size, or its sha256 (reads all of it)."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from msm_dist.config import BatchLayout, Config, Features
 from msm_dist.data.index import Index, check_shards, load_index
 from msm_dist.data.plan import Plan, check_lanes, make_plan
+from msm_dist.data.storage import access_of
 from msm_dist.errors import ConfigError, DataError
 
 
@@ -28,10 +29,11 @@ class Corpus:
 
 def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
     """Find the shards, check them against their index and lay out the order. Raises DataError, ConfigError."""
-    index = load_index(cfg.data.shards)
-    missing = check_shards(index, "size", cfg.data.allow_missing_shards)
+    access = access_of(cfg.data)
+    index = load_index(cfg.data.shards, access)
+    missing = check_shards(index, "size", cfg.data.allow_missing_shards, access)
     if len(missing) == len(index.shards):
-        raise DataError(f"{index.root}: all {len(missing)} shards are missing; data.allow_missing_shards needs one")
+        raise DataError(f"{index.location}: all {len(missing)} shards are missing; data.allow_missing_shards needs one")
     plan = make_plan(
         [shard.clips for shard in index.shards],
         cfg.seed,
@@ -64,15 +66,15 @@ def front_end_settings(features: Features, index: Index) -> Features:
         differing = [name for name, value in features.front_end().items() if index.features.get(name) != value]
         name = differing[0] if differing else "features"
         raise ConfigError(
-            f"features.{name} = {features.front_end().get(name)}: the statistics of {index.root} were made with "
+            f"features.{name} = {features.front_end().get(name)}: the statistics of {index.location} were made with "
             f"{index.features.get(name)}; use that, or pack the corpus for these features"
         )
     if features.mean is not None:
         return features
     if index.mean is None or index.std is None:
         raise ConfigError(
-            f"features.mean, features.std: neither given nor in {index.root}/index.json; run `msm-dist data stats "
-            f"{index.root}`"
+            f"features.mean, features.std: neither given nor in {index.location}/index.json; run `msm-dist data stats "
+            f"{index.location}`"
         )
     return features.model_copy(update={"mean": index.mean, "std": index.std})
 

@@ -1,9 +1,11 @@
 """The log-mel front end: waveforms to natural-log Slaney mel spectrograms.
 
-In: a batch of mono waveforms at `Features.sample_rate`, whole clips or crops. Out: log-mel [B, 1, F, T]
-float32, not normalised; `normalize` applies the corpus' statistics. Fails with DataError on a waveform that
-is too short to hold a frame.
+In: a batch of mono waveforms at `Features.sample_rate`, whole clips or crops, or of stored log-mels. Out:
+log-mel [B, 1, F, T] float32, not normalised; `normalize` applies the corpus' statistics. Fails with DataError on a
+waveform that is too short to hold a frame.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from msm_dist.errors import DataError
 
 LOG_OFFSET = 1.1920929e-7  # added before the logarithm; the spacing of float32 at 1
 INT16_SCALE = 1 / 32768
+CODE_LOW = math.log(LOG_OFFSET)  # silence
+CODE_STEP = 0.09  # nat; 255 steps reach 7.0, beyond a full-scale tone's 6.7
 
 
 class LogMel(nn.Module):
@@ -38,8 +42,11 @@ class LogMel(nn.Module):
         centred=False, for crops: frame t reads samples [hop * t, hop * t + n_fft); T is
         1 + (S - n_fft) // hop. centred=True, for whole clips: frame t is centred on sample hop * t, the ends
         are reflected (a clip of n_fft // 2 samples or fewer is zero-padded at its end first); T is
-        1 + S // hop. Raises DataError where S holds no frame.
+        1 + S // hop. uint8 [B, T, F] are crops of a stored log-mel (`quantize`). Raises DataError where S holds no
+        frame.
         """
+        if waveform.dtype == torch.uint8:
+            return dequantize(waveform).transpose(1, 2).unsqueeze(1)
         if waveform.ndim != 2:
             raise ValueError(f"waveform is {list(waveform.shape)}: must be [clips, samples]")
         needed = 1 if centred else self.features.n_fft
@@ -68,6 +75,17 @@ class LogMel(nn.Module):
 def normalize(logmel: Tensor, mean: float, std: float) -> Tensor:
     """(log-mel - mean) / std with the two scalars of the corpus."""
     return (logmel - mean) / std
+
+
+def quantize(logmel: Tensor) -> Tensor:
+    """Log-mel [..., F, T] as stored: uint8 [..., T, F], time-major, CODE_STEP apart from CODE_LOW on."""
+    codes = ((logmel.transpose(-1, -2) - CODE_LOW) / CODE_STEP).round()
+    return codes.clamp(0, 255).to(torch.uint8)
+
+
+def dequantize(codes: Tensor) -> Tensor:
+    """The log-mel values of uint8 codes, float32 of the same shape; off by half a CODE_STEP at most."""
+    return codes.float() * CODE_STEP + CODE_LOW
 
 
 def mel_filters(features: Features) -> Tensor:

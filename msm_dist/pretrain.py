@@ -157,12 +157,12 @@ def train(run: Training) -> int:
 
 
 def forward(run: Training, batch: Batch) -> Output:
-    """Audio to loss, for one micro-batch."""
-    waveform = batch.waveform.to(run.world.device, non_blocking=True)
+    """Audio or stored log-mel to loss, for one micro-batch."""
+    crops = batch.crops.to(run.world.device, non_blocking=True)
     sample_ids = batch.sample_ids.to(run.world.device, non_blocking=True)
     features = run.corpus.features
     with part("log-mel"):
-        spectrogram = normalize(run.front_end(waveform), features.mean, features.std)
+        spectrogram = normalize(run.front_end(crops), features.mean, features.std)
     with part("forward"):
         return run.engine(spectrogram, sample_ids=sample_ids)
 

@@ -25,7 +25,7 @@ def announcement(
         f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, "
         f"{engine}, {describe(cfg.model.backend, world.device)}",
         f"model      {model}",
-        f"corpus     {corpus.index.root}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
+        f"corpus     {corpus.index.location}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
     ]
     lines += [f"note       {note}" for note in (*attention_notes(cfg, world.device), *notes)]

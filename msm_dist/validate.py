@@ -24,9 +24,10 @@ from torch import Tensor
 
 from msm_dist.config import Config, Features
 from msm_dist.corpus import Corpus, check_digests
-from msm_dist.data.crops import CropReader, Source
+from msm_dist.data.crops import CropReader, Source, no_crop
 from msm_dist.data.index import check_shards, load_index
 from msm_dist.data.plan import make_plan
+from msm_dist.data.storage import access_of
 from msm_dist.engine.world import World
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel, normalize
@@ -58,11 +59,11 @@ class Validation:
         mel_mean: Tensor,
         front_end: LogMel,
         world: World,
-        waveforms: Tensor,
+        crops: Tensor,
         sample_ids: Tensor,
         most_clips: int,
     ):
-        """Use given crops: int16 [n, S] and their int64 [n, 3]; `mel_mean` [F] is not normalised.
+        """Use given crops, as in a Batch, and their int64 [n, 3]; `mel_mean` [F] is not normalised.
 
         No rank has more than `most_clips` of them.
         """
@@ -71,7 +72,7 @@ class Validation:
         self.mel_mean = normalize(mel_mean.double(), features.mean, features.std)
         self.front_end = front_end
         self.world = world
-        self.waveforms = waveforms
+        self.crops = crops
         self.sample_ids = sample_ids
         self.most_clips = most_clips
         self._references: dict[str, float] | None = None
@@ -83,28 +84,28 @@ class Validation:
             return None
         if corpus.index.mel_mean is None:
             raise DataError(
-                f"{corpus.index.root}: its index has no mean per mel band, which validation compares with; "
-                f"run `msm-dist data stats {corpus.index.root}`"
+                f"{corpus.index.location}: its index has no mean per mel band, which validation compares with; "
+                f"run `msm-dist data stats {corpus.index.location}`"
             )
         try:
-            index = load_index(cfg.data.valid_shards)
-            missing = check_shards(index, "size", cfg.data.allow_missing_shards)
+            access = access_of(cfg.data)
+            index = load_index(cfg.data.valid_shards, access)
+            missing = check_shards(index, "size", cfg.data.allow_missing_shards, access)
             if cfg.data.verify == "digest":
                 check_digests(index, world.rank, world.size)
         except DataError as error:
             raise DataError(f"data.valid_shards = {cfg.data.valid_shards}: {error}") from None
         clips = [shard.clips for shard in index.shards]
         plan = make_plan(clips, cfg.seed, lanes=1, block=1, shuffle_window=1, crops_per_clip=1)
-        source = Source(plan, index, corpus.features, cfg.data.crop_frames, frozenset(missing))
+        source = Source(plan, index, corpus.features, cfg.data.crop_frames, frozenset(missing), access)
         num_clips = min(cfg.train.valid_clips, index.num_clips)
         sample_ids = _sample_ids(num_clips)[world.rank :: world.size]
         crops = CropReader(source).read(sample_ids)
         good = [number for number, crop in enumerate(crops) if crop is not None]
         if len(good) < len(crops):
-            log.warning("%s: %d of %d clips left out of validation", index.root, len(crops) - len(good), len(crops))
-        waveforms = np.zeros((len(good), corpus.features.crop_samples(cfg.data.crop_frames)), np.int16)
-        for row, number in enumerate(good):
-            waveforms[row] = crops[number].waveform
+            log.warning("%s: %d of %d clips left out of validation", index.location, len(crops) - len(good), len(crops))
+        empty = no_crop(index.kind, corpus.features, cfg.data.crop_frames)
+        values = np.stack([crops[number].values for number in good]) if good else empty[None][:0]
         mel_mean = torch.tensor(corpus.index.mel_mean)
         return cls(
             cfg,
@@ -112,7 +113,7 @@ class Validation:
             mel_mean,
             front_end,
             world,
-            torch.from_numpy(waveforms),
+            torch.from_numpy(values),
             torch.from_numpy(sample_ids[good]),
             math.ceil(num_clips / world.size),
         )
@@ -184,11 +185,11 @@ class Validation:
         """
         device = self.world.device
         for start in range(0, self.most_clips, size):
-            waveforms, sample_ids = self.waveforms[start : start + size], self.sample_ids[start : start + size]
+            crops, sample_ids = self.crops[start : start + size], self.sample_ids[start : start + size]
             num_clips = len(sample_ids)
             if not num_clips:
-                waveforms, sample_ids = self.waveforms.new_zeros(1, self.waveforms.shape[1]), sample_ids.new_zeros(1, 3)
-            spectrogram = self.front_end(waveforms.to(device))
+                crops, sample_ids = self.crops.new_zeros(1, *self.crops.shape[1:]), sample_ids.new_zeros(1, 3)
+            spectrogram = self.front_end(crops.to(device))
             normalized = normalize(spectrogram, self.features.mean, self.features.std)
             yield normalized, sample_ids.to(device), num_clips
 

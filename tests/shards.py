@@ -26,7 +26,7 @@ def write_corpus(root: Path, clips: Sequence[np.ndarray], clips_per_shard: int, 
         _write_shard(root / f"noise-{first // clips_per_shard:06d}.tar", clips, first, clips_per_shard, rate)
         for first in range(0, len(clips), clips_per_shard)
     ]
-    index = Index(root, "audio", rate, tuple(shards), sum(map(len, clips)) / rate)
+    index = Index(str(root), "audio", rate, tuple(shards), sum(map(len, clips)) / rate)
     write_index(index)
     return index
 
@@ -55,7 +55,7 @@ def _write_shard(path: Path, clips: Sequence[np.ndarray], first: int, count: int
         ]
     content = path.read_bytes()
     members_sha256 = write_members(path.with_suffix(".members.npy"), member_table(rows))
-    return Shard(path.name, len(rows), len(content), hashlib.sha256(content).hexdigest(), members_sha256, path)
+    return Shard(path.name, len(rows), len(content), hashlib.sha256(content).hexdigest(), members_sha256, str(path))
 
 
 def damage_clip(index: Index, clip: int) -> None:

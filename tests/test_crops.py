@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msm_dist.config import Features
-from msm_dist.data import crops as crops_module
+from msm_dist.data import storage
 from msm_dist.data.audio import decode_crop
 from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.index import load_index, members
@@ -43,8 +43,8 @@ def test_a_crop_is_the_slice_of_its_clip_reflected_at_the_ends(index):
     for (_, clip, _), crop in zip(ids.tolist(), crops, strict=True):
         assert crop.key == f"clip-{clip:04d}"
         assert 0 <= crop.offset <= num_frames[clip] - FRAMES
-        assert crop.waveform.dtype == np.int16
-        np.testing.assert_array_equal(crop.waveform, expected_crop(CLIPS[clip], crop.offset))
+        assert crop.values.dtype == np.int16
+        np.testing.assert_array_equal(crop.values, expected_crop(CLIPS[clip], crop.offset))
         at_an_end += crop.offset in (0, num_frames[clip] - FRAMES)
     assert at_an_end > 20 and min(len(clip) for clip in CLIPS) < 160 * (FRAMES - 1)
     offsets = [crop.offset for crop in crops]
@@ -63,7 +63,7 @@ def test_offsets_count_frames_at_the_target_rate(tmp_path):
     start = 160 * crops[0].offset - 200
     encoded = content[row["offset"] : row["offset"] + row["size"]]
     expected = decode_crop(encoded, start, start + 2800, 2 * len(clips[0]), 16000)
-    np.testing.assert_array_equal(crops[0].waveform, expected)
+    np.testing.assert_array_equal(crops[0].values, expected)
 
 
 def test_a_damaged_clip_is_replaced_by_the_rule_and_nothing_else_changes(index, caplog):
@@ -80,12 +80,12 @@ def test_a_damaged_clip_is_replaced_by_the_rule_and_nothing_else_changes(index, 
         slots = [i for i in range(4) if not (old.number == block and i == 1)]
         np.testing.assert_array_equal(new.sample_ids[slots], old.sample_ids[slots])
         for i in slots:
-            np.testing.assert_array_equal(new.crops[i].waveform, old.crops[i].waveform)
+            np.testing.assert_array_equal(new.crops[i].values, old.crops[i].values)
         assert new.num_bad == (new.number == block) and new.num_missing == 0
     filled = after[2]
     assert filled.sample_ids[1].tolist() == [donor[0], donor[1], 1]
     assert filled.crops[1].key == f"clip-{donor[1]:04d}"
-    np.testing.assert_array_equal(filled.crops[1].waveform, expected_crop(CLIPS[donor[1]], filled.crops[1].offset))
+    np.testing.assert_array_equal(filled.crops[1].values, expected_crop(CLIPS[donor[1]], filled.crops[1].offset))
     for n in range(100):
         reader.block(n)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
@@ -102,7 +102,7 @@ def test_a_block_without_a_good_clip_is_filled_from_its_lane(index):
     assert block.sample_ids.tolist() == [[last[0], last[1], 1 + 2 * 4 + k] for k in range(4)]
     assert block.num_bad == 4
     for crop in block.crops:
-        np.testing.assert_array_equal(crop.waveform, expected_crop(CLIPS[last[1]], crop.offset))
+        np.testing.assert_array_equal(crop.values, expected_crop(CLIPS[last[1]], crop.offset))
 
 
 def test_a_damaged_clip_is_bad_with_all_its_crops(index):
@@ -131,7 +131,7 @@ def test_clips_of_a_missing_shard_are_replaced_without_being_read(index, caplog)
 
 def test_a_shard_that_vanishes_ends_the_run_after_some_tries(index, monkeypatch):
     pauses = []
-    monkeypatch.setattr(crops_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
     index.shards[1].path.unlink()
     with pytest.raises(DataError, match=r"noise-000001.tar: can't be read \(No such file.* tried 4 times; restore"):
         CropReader(source_of(index)).read(np.array([[0, 30, 0]]))
@@ -141,7 +141,7 @@ def test_a_shard_that_vanishes_ends_the_run_after_some_tries(index, monkeypatch)
 def test_a_shard_that_comes_back_in_time_is_read(index, monkeypatch):
     path = index.shards[1].path
     hidden = path.rename(path.with_suffix(".hidden"))
-    monkeypatch.setattr(crops_module.time, "sleep", lambda seconds: seconds > 0.1 and hidden.rename(path))
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: seconds > 0.1 and hidden.rename(path))
     [crop] = CropReader(source_of(index)).read(np.array([[0, 30, 0]]))
     assert crop.key == "clip-0030"
 
@@ -167,10 +167,10 @@ def test_a_changed_table_of_clips_ends_the_run(index):
 
 def test_few_shards_are_open_at_a_time_without_a_difference(index, monkeypatch):
     expected = [CropReader(source_of(index)).block(n) for n in range(20)]
-    monkeypatch.setattr(crops_module, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 1)
     reader = CropReader(source_of(load_index(str(index.root))))
     for n in range(20):
         block = reader.block(n)
         for crop, other in zip(block.crops, expected[n].crops, strict=True):
-            np.testing.assert_array_equal(crop.waveform, other.waveform)
-        assert reader._open.cache_info().currsize == 1
+            np.testing.assert_array_equal(crop.values, other.values)
+        assert reader._store._mapped.cache_info().currsize == 1

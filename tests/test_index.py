@@ -136,7 +136,7 @@ def test_shard_names_stay_inside_the_folder(corpus, name):
     ("changes", "message"),
     [
         ({"version": 2}, "version"),
-        ({"kind": "logmel"}, "kind"),
+        ({"kind": "video"}, "kind"),
         ({"sample_rate": "16000"}, "sample_rate"),
         ({"sample_rate": 0}, "sample_rate"),
         ({"shards": []}, "shards"),

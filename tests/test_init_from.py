@@ -308,7 +308,7 @@ def first_loss(runs: Runs, name: str, settings: tuple[str, ...]) -> float:
         batches = make_loader(corpus.plan, corpus.index, corpus.features, cfg.data, batch_layout(cfg, 2), rank)
         for _ in range(2):
             batch = next(batches)
-            spectrogram = normalize(front_end(batch.waveform), corpus.features.mean, corpus.features.std)
+            spectrogram = normalize(front_end(batch.crops), corpus.features.mean, corpus.features.std)
             total += model(spectrogram, sample_ids=batch.sample_ids).loss.detach() / 2
         batches.close()
         totals.append(total.item())

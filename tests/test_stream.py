@@ -74,7 +74,7 @@ def expected(corpus):
     for n in range(6 * GLOBAL_BATCH // BLOCK):
         block = reader.block(n)
         batch = Batch(
-            waveform=torch.from_numpy(np.stack([crop.waveform for crop in block.crops])),
+            crops=torch.from_numpy(np.stack([crop.values for crop in block.crops])),
             sample_ids=torch.from_numpy(plan.block_samples(n)),
             blocks=torch.full((BLOCK,), n),
             offsets=torch.tensor([crop.offset for crop in block.crops]),
@@ -103,7 +103,7 @@ def test_a_loader_started_later_serves_the_tail(corpus, expected, world_size, nu
 def test_a_batch_has_the_promised_shapes_and_types(corpus):
     with loader_of(corpus, 1, layout_of(1, 8)) as loader:
         batch = next(loader)
-    assert (batch.waveform.shape, batch.waveform.dtype) == ((8, 160 * (FRAMES - 1) + 400), torch.int16)
+    assert (batch.crops.shape, batch.crops.dtype) == ((8, 160 * (FRAMES - 1) + 400), torch.int16)
     assert (batch.sample_ids.shape, batch.sample_ids.dtype) == ((8, 3), torch.int64)
     assert (batch.offsets.dtype, batch.blocks.dtype) == (torch.int64, torch.int64)
     assert len(batch.keys) == 8 and (batch.num_bad, batch.num_missing) == (0, 0)
@@ -140,9 +140,9 @@ def test_trace_records_say_where_each_crop_stood_and_hash_what_was_used(corpus):
     assert [record["block"] for record in records] == [0] * 4 + [1] * 4
     assert [len(record["audio"]) for record in records] == [16] * 8
     assert len({record["audio"] for record in records}) == len({record["mask"] for record in records}) == 8
-    waveform = batch.waveform.clone()
+    waveform = batch.crops.clone()
     waveform[5, 100] += 1
-    changed = trace_records(replace(batch, waveform=waveform), 3, np.arange(16).reshape(8, 2))
+    changed = trace_records(replace(batch, crops=waveform), 3, np.arange(16).reshape(8, 2))
     assert [i for i in range(8) if changed[i] != records[i]] == [5]
 
 

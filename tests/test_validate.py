@@ -84,7 +84,7 @@ def forward_of(cfg):
 
 def spectrogram_of(validation):
     features = validation.features
-    logmel = LogMel(features)(validation.waveforms)
+    logmel = LogMel(features)(validation.crops)
     return normalize(logmel, features.mean, features.std)
 
 
@@ -115,13 +115,13 @@ def test_world_size_and_micro_batch_change_nothing_but_rounding(index):
 
 def test_crops_and_masks_are_the_same_at_every_opening_and_depend_on_the_seed(index):
     first, again = open_validation(settings(index), index), open_validation(settings(index), index)
-    assert torch.equal(first.waveforms, again.waveforms)
+    assert torch.equal(first.crops, again.crops)
     assert torch.equal(first.sample_ids, again.sample_ids)
     assert first.sample_ids.tolist() == [[0, clip, 0] for clip in range(9)]
     forward = forward_of(settings(index))
     assert first.references(forward) == again.references(forward)
     other = open_validation(settings(index, seed=1), index)
-    assert not torch.equal(first.waveforms, other.waveforms)
+    assert not torch.equal(first.crops, other.crops)
     assert first.references(forward) != other.references(forward_of(settings(index, seed=1)))
 
 
@@ -131,7 +131,7 @@ def test_a_clip_that_does_not_decode_is_left_out_and_reported(index, caplog):
     validation = open_validation(settings(index), index)
     assert validation.sample_ids[:, 1].tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
     kept = [0, 1, 2, 3, 4, 6, 7, 8]
-    assert torch.equal(validation.waveforms, whole.waveforms[kept])
+    assert torch.equal(validation.crops, whole.crops[kept])
     assert "1 of 9 clips left out of validation" in caplog.text
     assert "clip-0005" in caplog.text
 

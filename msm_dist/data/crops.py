@@ -1,16 +1,13 @@
-"""Crops of a corpus: found in memory-mapped shards, cut, decoded, and filled in where a clip is bad.
+"""Crops of a corpus: found in its shards, cut, decoded, and filled in where a clip is bad.
 
-In: a Source and samples (epoch, clip, crop), or the number of a block of the plan. Out: int16 crops. A clip
+In: a Source and samples (epoch, clip, crop), or the number of a block of the plan. Out: crops of int16 audio, or of
+stored uint8 log-mel. A clip
 that can't be decoded is no failure: the plan's rule replaces it, it is counted, and logged once per process.
 Fails with DataError on a shard that vanished, changed its size or can't be read, and on a long stretch of the
 plan without a readable clip.
 """
 
-import itertools
 import logging
-import mmap
-import os
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,15 +17,13 @@ import numpy as np
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode_crop, num_target_samples
 from msm_dist.data.index import Index, Shard, members
+from msm_dist.data.logmel import cut_logmel, logmel_span
 from msm_dist.data.plan import Plan, crop_offset, fill_block
-from msm_dist.errors import DataError
+from msm_dist.data.storage import Access, Span, open_store
 
 log = logging.getLogger(__name__)
 
-MAX_OPEN_SHARDS = 128
 MAX_TABLES = 4096  # of clips, 30 kB each: a worker's lanes lie in that many shards before it needs one again
-OPEN_RETRIES = 3
-RETRY_SECONDS = 0.1  # before the first retry; doubled each time
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,16 @@ class Source:
     features: Features
     crop_frames: int
     missing: frozenset[int] = frozenset()
+    access: Access = Access()
 
 
 class Crop(NamedTuple):
-    """int16 [features.crop_samples(crop_frames)], its first frame in the clip, the clip's key."""
+    """Its values, its first frame in the clip, the clip's key.
 
-    waveform: np.ndarray
+    Values are int16 [features.crop_samples(crop_frames)] of audio, or uint8 [crop_frames, n_mels] of stored log-mel.
+    """
+
+    values: np.ndarray
     offset: int
     key: str
 
@@ -60,13 +59,20 @@ class Block(NamedTuple):
     num_missing: int
 
 
+def no_crop(kind: str, features: Features, frames: int) -> np.ndarray:
+    """The values of a crop of silence."""
+    if kind == "logmel":
+        return np.zeros((frames, features.n_mels), np.uint8)
+    return np.zeros(features.crop_samples(frames), np.int16)
+
+
 class CropReader:
     """Reads crops of a source. One per process, made in that process."""
 
     def __init__(self, source: Source):
         self._source = source
-        self._open = lru_cache(MAX_OPEN_SHARDS)(_open_shard)
-        self._members = lru_cache(MAX_TABLES)(members)
+        self._store = open_store(source.index.location, source.access)
+        self._members = lru_cache(MAX_TABLES)(lambda shard: members(shard, self._store))
         self._reported: set[int] = set()
 
     def read(self, sample_ids: np.ndarray) -> list[Crop | None]:
@@ -74,24 +80,24 @@ class CropReader:
 
         Raises DataError if a shard vanished, changed its size or can't be read.
         """
-        source, features, frames = self._source, self._source.features, self._source.crop_frames
+        source, frames = self._source, self._source.crop_frames
         numbers, places = source.plan.locate(sample_ids[:, 1])
         here = [i for i, number in enumerate(numbers.tolist()) if number not in source.missing]
         shards = [source.index.shards[numbers[i]] for i in here]
         rows = [self._members(shard)[place] for shard, place in zip(shards, places[here], strict=True)]
         lengths = np.array([self._padded_length(row) for row in rows], np.int64)
-        offsets = crop_offset(source.plan.seed, sample_ids[here], features.num_frames(lengths) - frames)
+        max_offsets = source.features.num_frames(lengths) - frames
+        offsets = crop_offset(source.plan.seed, sample_ids[here], max_offsets).tolist()
+        spans = [self._span(*place) for place in zip(shards, rows, offsets, strict=True)]
         crops: list[Crop | None] = [None] * len(sample_ids)
-        for i, shard, row, length, offset in zip(here, shards, rows, lengths, offsets.tolist(), strict=True):
+        found = zip(here, shards, rows, lengths.tolist(), offsets, self._store.fetch(spans), strict=True)
+        for i, shard, row, length, offset, content in found:
             key = row["key"].decode(errors="backslashreplace")
-            start = features.hop * offset - features.n_fft // 2
-            stop = start + features.crop_samples(frames)
             try:
-                waveform = decode_crop(self._encoded(shard, row), start, stop, length, features.sample_rate)
-                crops[i] = Crop(waveform, offset, key)
+                crops[i] = Crop(self._cut(content, row, length, offset), offset, key)
             except BadClip as fault:
                 if sample_ids[i, 1] not in self._reported:
-                    log.warning("%s: clip %s: %s; another one stands in for it", shard.path, key, fault)
+                    log.warning("%s: clip %s: %s; another one stands in for it", shard.location, key, fault)
                 self._reported.add(int(sample_ids[i, 1]))
         return crops
 
@@ -117,33 +123,17 @@ class CropReader:
         samples = num_target_samples(int(row["samples"]), int(row["rate"]), features.sample_rate)
         return max(samples, features.hop * (self._source.crop_frames - 1))
 
-    def _encoded(self, shard: Shard, row: np.void) -> memoryview:
-        content = self._open(shard)
-        # Touching a page beyond the end of a file that shrank would kill the process.
-        _check_size(shard, content.size())
-        return memoryview(content)[row["offset"] : row["offset"] + row["size"]]
+    def _span(self, shard: Shard, row: np.void, offset: int) -> Span:
+        """The bytes of the shard that hold a crop."""
+        start, stop = int(row["offset"]), int(row["offset"] + row["size"])
+        if self._source.index.kind == "logmel":
+            start, stop = logmel_span(row, self._source.features, offset, self._source.crop_frames)
+        return Span(shard.location, shard.bytes, start, stop)
 
-
-def _open_shard(shard: Shard) -> mmap.mmap:
-    """The shard's bytes, mapped."""
-    for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
-        try:
-            with open(shard.path, "rb") as file:
-                _check_size(shard, os.fstat(file.fileno()).st_size)
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            fault = error.strerror
-        if pause is not None:
-            time.sleep(pause)
-    raise DataError(
-        f"{shard.path}: can't be read ({fault}), tried {OPEN_RETRIES + 1} times; restore it and start again: "
-        "the run continues from its last checkpoint"
-    )
-
-
-def _check_size(shard: Shard, size: int) -> None:
-    if size != shard.bytes:
-        raise DataError(
-            f"{shard.path}: {size} bytes, its index says {shard.bytes}; restore it and start again: the run "
-            "continues from its last checkpoint"
-        )
+    def _cut(self, content: memoryview, row: np.void, length: int, offset: int) -> np.ndarray:
+        """A crop's values. Raises BadClip."""
+        features, frames = self._source.features, self._source.crop_frames
+        if self._source.index.kind == "logmel":
+            return cut_logmel(content, features, frames)
+        start = features.hop * offset - features.n_fft // 2
+        return decode_crop(content, start, start + features.crop_samples(frames), length, features.sample_rate)

@@ -1,8 +1,9 @@
 """The shard index: which tar shards make a corpus, what each holds, and whether that is still so.
 
-In: a folder with index.json, that file, or tar shards beside it. Out: an `Index`, and per shard a table of
-its clips (`members`), so that a reader can start anywhere by offset. index.json and the sidecars may come
-from strangers: everything in them is checked. Fails with DataError, which names the file and the remedy.
+In: a folder with index.json, that file, or tar shards beside it, here or behind a URL. Out: an `Index`, and per
+shard a table of its clips (`members`), so that a reader can start anywhere by offset. index.json and the
+sidecars may come from strangers: everything in them is checked. Fails with DataError, which names the file and the
+remedy.
 
     index.json                      version, kind, sample_rate, shards, clips, seconds, statistics, front end
     <shard>.tar                     an ordinary webdataset tar
@@ -21,16 +22,23 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from msm_dist.data.storage import Access, Store, is_remote, join, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
 
 INDEX_NAME = "index.json"
 REPORT_NAME = "report.json"
 UNFINISHED_NAME = ".pack"
+MEMBERS_SUFFIX = ".members.npy"
 REPORTED_AT_ONCE = 20
+ACCESS = Access()
 
 MEMBER_FIELDS = [("offset", "<i8"), ("size", "<i8"), ("samples", "<i8"), ("rate", "<i4"), ("format", "|S8")]
-"""Place and bytes of a clip in its tar, samples per channel at its own rate (Hz), codec; then the key."""
+"""Place and bytes of a clip in its tar, samples per channel at its own rate (Hz), codec; then the key.
+
+The member of a log-mel is a .npy file of uint8 [frames, bands]; samples and rate are those of the audio it was made
+from, and the codec is "logmel".
+"""
 
 _TABLE_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': \["
@@ -50,12 +58,23 @@ class Shard:
     bytes: int
     sha256: str
     members_sha256: str
-    path: Path
+    location: str
+    """Its path or URL."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine."""
+        return Path(self.location)
+
+    @property
+    def members_location(self) -> str:
+        """The sidecar's path or URL."""
+        return self.location.removesuffix(".tar") + MEMBERS_SUFFIX
 
     @property
     def members_path(self) -> Path:
-        """The sidecar."""
-        return self.path.with_suffix(".members.npy")
+        """The sidecar on this machine."""
+        return Path(self.members_location)
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,10 @@ class Index:
     `sample_rate` is None for shards of mixed rates. `features` is the front end behind the statistics.
     """
 
-    root: Path
+    location: str
+    """The folder's path or URL."""
     kind: str
+    """What the clips are: audio, or logmel (features.quantize)."""
     sample_rate: int | None
     shards: tuple[Shard, ...]
     seconds: float
@@ -74,6 +95,11 @@ class Index:
     std: float | None = None
     mel_mean: tuple[float, ...] | None = None
     features: dict[str, Any] | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder on this machine."""
+        return Path(self.location)
 
     @property
     def num_clips(self) -> int:
@@ -87,19 +113,21 @@ class Index:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_index(shards: str | Sequence[str]) -> Index:
+def load_index(shards: str | Sequence[str], access: Access = ACCESS) -> Index:
     """The corpus that `data.shards` names: a folder, its index.json, a tar, a brace pattern, a list of tars.
 
-    Tars must lie in one folder beside their index.json; they select from it, in its order. Raises DataError.
+    Each may be a path or a URL. Tars must lie in one folder beside their index.json; they select from it, in its
+    order. Raises DataError.
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
     names = [name for text in given for name in _expand(str(text))]
     if not names:
         raise DataError("data.shards is empty: name a folder made by `msm-dist data pack`")
+    store = open_store(names[0], access)
     if len(names) == 1 and not names[0].endswith(".tar"):
-        path = Path(names[0])
-        return _read_index(path.parent if path.name == INDEX_NAME else path)
-    return _select(names)
+        folder, name = split(names[0])
+        return _read_index(folder if name == INDEX_NAME else names[0], store)
+    return _select(names, store)
 
 
 def write_index(index: Index) -> None:
@@ -120,44 +148,43 @@ def write_index(index: Index) -> None:
     write_atomically(index.root / INDEX_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def check_shards(index: Index, verify: Literal["size", "digest"], allow_missing: bool = False) -> set[int]:
-    """Compare the shards on disk with the index: their size, or their sha256 too (reads everything).
+def check_shards(
+    index: Index, verify: Literal["size", "digest"], allow_missing: bool = False, access: Access = ACCESS
+) -> set[int]:
+    """Compare the shards with the index: their size, or their sha256 too (reads everything).
 
     Returns the numbers of missing shards. Raises DataError naming every damaged shard, and every missing
     one unless `allow_missing`.
     """
-    missing = {number for number, shard in enumerate(index.shards) if not shard.path.is_file()}
-    faults = [] if allow_missing else [f"{index.shards[number].path}: missing" for number in sorted(missing)]
+    store = open_store(index.location, access)
+    sizes = [store.size(shard.location) for shard in index.shards]
+    missing = {number for number, size in enumerate(sizes) if size is None}
+    faults = [] if allow_missing else [f"{index.shards[number].location}: missing" for number in sorted(missing)]
     for number, shard in enumerate(index.shards):
-        if number not in missing and (fault := shard_fault(shard, verify)):
+        if number not in missing and (fault := _size_fault(shard, sizes[number]) or _digest_fault(shard, verify)):
             faults.append(fault)
     if faults:
         remedy = "copy the shards again, or pack them again"
         if missing and not allow_missing:
             remedy += "; data.allow_missing_shards=true starts without the missing ones"
         raise DataError(
-            f"{index.root}: {len(faults)} of {len(index.shards)} shards are not what {INDEX_NAME} says; "
+            f"{index.location}: {len(faults)} of {len(index.shards)} shards are not what {INDEX_NAME} says; "
             f"{remedy}:\n{listed(faults)}"
         )
     return missing
 
 
 def shard_fault(shard: Shard, verify: Literal["size", "digest"]) -> str | None:
-    """What is wrong with a shard that is there, with the value found and the one expected; None: nothing."""
-    size = shard.path.stat().st_size
-    if size != shard.bytes:
-        return f"{shard.path}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
-    if verify == "digest" and (digest := file_sha256(shard.path)) != shard.sha256:
-        return f"{shard.path}: sha256 {digest}, {INDEX_NAME} says {shard.sha256}"
-    return None
+    """What is wrong with a shard that is on this machine, with the value found and the one expected; None: nothing."""
+    return _size_fault(shard, shard.path.stat().st_size) or _digest_fault(shard, verify)
 
 
-def members(shard: Shard) -> np.ndarray:
+def members(shard: Shard, store: Store | None = None) -> np.ndarray:
     """The shard's clips: a structured array [clips] of MEMBER_FIELDS and key. Raises DataError."""
-    path = shard.members_path
-    remedy = f"write it again with `msm-dist data index {shard.path.parent}/*.tar`"
+    path = shard.members_location
+    remedy = f"write it again with `msm-dist data index {split(path)[0]}/*.tar`"
     try:
-        content = path.read_bytes()
+        content = (store or open_store(path, ACCESS)).read(path)
     except OSError as error:
         raise DataError(f"{path}: the table of a shard's clips can't be read ({error.strerror}); {remedy}") from None
     digest = hashlib.sha256(content).hexdigest()
@@ -224,7 +251,7 @@ class _ShardEntry(BaseModel):
 class _IndexFile(BaseModel):
     model_config = _CHECKED
     version: Literal[1]
-    kind: Literal["audio"]
+    kind: Literal["audio", "logmel"]
     sample_rate: int | None = Field(gt=0)
     shards: list[_ShardEntry] = Field(min_length=1)
     clips: int
@@ -237,8 +264,6 @@ class _IndexFile(BaseModel):
 
 def _expand(text: str) -> list[str]:
     """A brace pattern's names."""
-    if "://" in text or text.startswith("pipe:"):
-        raise DataError(f"data.shards = {text}: must be a local folder or local tar files; copy the shards here")
     if "{" not in text:
         return [text]
     import braceexpand
@@ -249,10 +274,11 @@ def _expand(text: str) -> list[str]:
         raise DataError(f"data.shards = {text}: unbalanced braces; write name-{{000000..000009}}.tar") from None
 
 
-def _read_index(root: Path) -> Index:
-    path = root / INDEX_NAME
+def _read_index(root: str, store: Store) -> Index:
+    root = root.rstrip("/") if is_remote(root) else str(Path(root))
+    path = join(root, INDEX_NAME)
     try:
-        entry = _IndexFile.model_validate_json(path.read_bytes())
+        entry = _IndexFile.model_validate_json(store.read(path))
     except FileNotFoundError:
         raise DataError(_absent(root)) from None
     except OSError as error:
@@ -262,10 +288,10 @@ def _read_index(root: Path) -> Index:
         raise DataError(_invalid(root, faults)) from None
     if faults := list(_contradictions(entry)):
         raise DataError(_invalid(root, faults))
-    shards = tuple(Shard(**shard.model_dump(), path=root / shard.name) for shard in entry.shards)
+    shards = tuple(Shard(**shard.model_dump(), location=join(root, shard.name)) for shard in entry.shards)
     mel_mean = None if entry.mel_mean is None else tuple(entry.mel_mean)
     rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features"})
-    return Index(root=root, shards=shards, mel_mean=mel_mean, **rest)
+    return Index(location=root, shards=shards, mel_mean=mel_mean, **rest)
 
 
 def _contradictions(entry: _IndexFile) -> Iterable[str]:
@@ -281,24 +307,33 @@ def _contradictions(entry: _IndexFile) -> Iterable[str]:
         yield f"mel_mean has {len(entry.mel_mean)} bands, features.n_mels = {entry.features.get('n_mels')}"
 
 
-def _select(names: Sequence[str]) -> Index:
+def _select(names: Sequence[str], store: Store) -> Index:
     """The named tars of the one folder they lie in."""
-    paths = [Path(name) for name in names]
-    if other := [str(path) for path in paths if path.suffix != ".tar"]:
+    if other := [name for name in names if not name.endswith(".tar")]:
         raise DataError(f"data.shards names {other[0]} among tars: give one folder, or .tar files only")
-    folders = sorted({str(path.parent) for path in paths})
+    folders = sorted({split(name)[0] for name in names})
     if len(folders) > 1:
         raise DataError(f"data.shards names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder")
-    index = _read_index(paths[0].parent)
-    wanted = {path.name for path in paths}
+    index = _read_index(folders[0], store)
+    wanted = {split(name)[1] for name in names}
     if unknown := sorted(wanted - {shard.name for shard in index.shards}):
         raise DataError(
-            f"{index.root / INDEX_NAME} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars in "
-            f"data.shards); index them with `msm-dist data index {index.root}/*.tar`"
+            f"{join(index.location, INDEX_NAME)} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars in "
+            f"data.shards); index them with `msm-dist data index {index.location}/*.tar`"
         )
     shards = tuple(shard for shard in index.shards if shard.name in wanted)
-    tables = [members(shard) for shard in shards]
+    tables = [members(shard, store) for shard in shards]
     return replace(index, shards=shards, seconds=float(sum((t["samples"] / t["rate"]).sum() for t in tables)))
+
+
+def _size_fault(shard: Shard, size: int) -> str | None:
+    return None if size == shard.bytes else f"{shard.location}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
+
+
+def _digest_fault(shard: Shard, verify: Literal["size", "digest"]) -> str | None:
+    if verify == "size" or (digest := file_sha256(shard.path)) == shard.sha256:
+        return None
+    return f"{shard.location}: sha256 {digest}, {INDEX_NAME} says {shard.sha256}"
 
 
 def _parse_table(content: bytes) -> np.ndarray | None:
@@ -313,11 +348,13 @@ def _parse_table(content: bytes) -> np.ndarray | None:
     return np.frombuffer(content, dtype, count=rows, offset=header.end())
 
 
-def _absent(root: Path) -> str:
+def _absent(root: str) -> str:
     """What to do where there is no index.json."""
-    if (root / UNFINISHED_NAME).is_dir():
+    if is_remote(root):
+        return f"{root}: no {INDEX_NAME} there; give the URL of a folder with the files of `msm-dist data pack`"
+    if (Path(root) / UNFINISHED_NAME).is_dir():
         return f"{root}: an unfinished pack; the same `msm-dist data pack` command again finishes it"
-    if root.is_dir() and any(root.glob("*.tar")):
+    if Path(root).is_dir() and any(Path(root).glob("*.tar")):
         return f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  msm-dist data index {root}/*.tar"
     return (
         f"{root}: no {INDEX_NAME} there; make shards from a folder of audio with\n"
@@ -326,8 +363,8 @@ def _absent(root: Path) -> str:
     )
 
 
-def _invalid(root: Path, faults: Sequence[str]) -> str:
+def _invalid(root: str, faults: Sequence[str]) -> str:
     return (
-        f"{root / INDEX_NAME}: not a valid shard index; write it again with "
+        f"{join(root, INDEX_NAME)}: not a valid shard index; write it again with "
         f"`msm-dist data index {root}/*.tar`:\n{listed(faults)}"
     )

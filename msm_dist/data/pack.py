@@ -224,10 +224,10 @@ def _write_all(tasks: Sequence[ShardTask], found: ClipList, workers: int, progre
         raise DataError(f"{tasks[0].source}: none of its clips decodes:\n{_shown(found._replace(left_out=left_out))}")
     statistics = combine(np.array(record["sums"]) for record in records)
     index = Index(
-        root=out,
+        location=str(out),
         kind="audio",
         sample_rate=features.sample_rate,
-        shards=tuple(Shard(**record["shard"], path=out / record["shard"]["name"]) for record in records),
+        shards=tuple(Shard(**record["shard"], location=str(out / record["shard"]["name"])) for record in records),
         seconds=sum(record["samples"] for record in records) / features.sample_rate,
         **statistics._asdict(),
         features=features.front_end(),

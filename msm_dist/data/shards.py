@@ -70,7 +70,7 @@ def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, pr
     statistics = combine(scan.sums for scan in used)
     rates = {row[3] for scan in used for row in scan.rows}
     index = Index(
-        root=root,
+        location=str(root),
         kind="audio",
         sample_rate=rates.pop() if len(rates) == 1 else None,
         shards=tuple(_write_sidecar(scan) for scan in used),
@@ -208,7 +208,7 @@ def _prefixed(scan: _Scanned) -> list[tuple[int, int, int, int, str, bytes]]:
 def _write_sidecar(scan: _Scanned) -> Shard:
     path = scan.path
     digest = write_members(path.with_suffix(".members.npy"), member_table(scan.rows))
-    return Shard(path.name, len(scan.rows), path.stat().st_size, file_sha256(path), digest, path)
+    return Shard(path.name, len(scan.rows), path.stat().st_size, file_sha256(path), digest, str(path))
 
 
 def _verify_shard(task: tuple[Shard, bool]) -> tuple[str, list[str]]:

@@ -34,6 +34,7 @@ from msm_dist.config import BatchLayout, Data, Features
 from msm_dist.data.crops import Block, CropReader, Source
 from msm_dist.data.index import Index
 from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
+from msm_dist.data.storage import access_of
 from msm_dist.errors import DataError, MsmError
 
 PREFETCHED_BATCHES = 3  # per worker
@@ -50,8 +51,9 @@ log = logging.getLogger(__name__)
 class Batch:
     """A micro-batch of B crops: whole blocks, in ascending order of their numbers."""
 
-    waveform: torch.Tensor
-    """int16 [B, features.crop_samples(crop_frames)]: full scale is 2**15."""
+    crops: torch.Tensor
+    """int16 [B, features.crop_samples(crop_frames)] of audio, full scale is 2**15; or uint8 [B, crop_frames, n_mels] of
+    stored log-mel (features.quantize)."""
     sample_ids: torch.Tensor
     """int64 [B, 3]: epoch, clip, crop."""
     blocks: torch.Tensor
@@ -67,7 +69,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same with its tensors where a GPU can fetch them while it computes; called by DataLoader."""
-        return replace(self, waveform=self.waveform.pin_memory(), sample_ids=self.sample_ids.pin_memory())
+        return replace(self, crops=self.crops.pin_memory(), sample_ids=self.sample_ids.pin_memory())
 
 
 class Loader:
@@ -154,7 +156,7 @@ def make_loader(
     workers.
     """
     check_lanes(plan, layout.world_size, data.num_workers)
-    source = Source(plan, index, features, data.crop_frames, frozenset(missing))
+    source = Source(plan, index, features, data.crop_frames, frozenset(missing), access_of(data))
     pipeline = webdataset.DataPipeline(
         partial(_micro_batches, layout, rank, start_step), partial(_read, source), _collate, _faults_as_items
     )
@@ -182,7 +184,7 @@ def make_loader(
 def trace_records(batch: Batch, step: int, ids_keep: np.ndarray | None = None) -> list[dict[str, Any]]:
     """What was trained on, a record per crop: where it stood, which it was, hashes of its samples and mask.
 
-    `slot` counts inside the block, `audio` is the BLAKE2b (8 bytes) of the int16 crop, `mask` that of its row
+    `slot` counts inside the block, `audio` is the BLAKE2b (8 bytes) of the crop's values, `mask` that of its row
     of `ids_keep` (int64 [B, K] ascending), if given.
     """
     first = torch.searchsorted(batch.blocks, batch.blocks)
@@ -192,7 +194,7 @@ def trace_records(batch: Batch, step: int, ids_keep: np.ndarray | None = None) -
         "key": batch.keys,
         **dict(zip(("epoch", "clip", "crop"), batch.sample_ids.T.tolist(), strict=True)),
         "offset": batch.offsets.tolist(),
-        "audio": [_hash(row) for row in batch.waveform.numpy()],
+        "audio": [_hash(row) for row in batch.crops.numpy()],
     }
     if ids_keep is not None:
         columns["mask"] = [_hash(row) for row in ids_keep]
@@ -220,7 +222,7 @@ def _collate(micro_batches: Iterable[list[Block]]) -> Iterator[Batch]:
     for blocks in micro_batches:
         crops = [crop for block in blocks for crop in block.crops]
         yield Batch(
-            waveform=torch.from_numpy(np.stack([crop.waveform for crop in crops])),
+            crops=torch.from_numpy(np.stack([crop.values for crop in crops])),
             sample_ids=torch.from_numpy(np.concatenate([block.sample_ids for block in blocks])),
             blocks=torch.tensor([block.number for block in blocks for _ in block.crops]),
             offsets=torch.tensor([crop.offset for crop in crops]),

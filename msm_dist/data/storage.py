@@ -1,0 +1,134 @@
+"""Bytes of a corpus' files, wherever they lie.
+
+In: locations, each a local path or a URL, and ranges of bytes in them. Out: those bytes. A store belongs to one
+process and is made in it: loader workers are forked, and neither connections nor locks may be shared. Fails with
+FileNotFoundError where there is no such file, with DataError on a file of another size than the index says, and on
+one that still can't be read after retries.
+"""
+
+import itertools
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from msm_dist.config import Data
+from msm_dist.errors import DataError
+
+MAX_OPEN_FILES = 128
+OPEN_RETRIES = 3
+RETRY_SECONDS = 0.1  # before the first retry; doubled each time
+
+
+class Access(NamedTuple):
+    """How remote files are read: seconds without a byte that end an attempt, further attempts, parallel requests."""
+
+    timeout: float = 30.0
+    retries: int = 5
+    connections: int = 8
+
+
+def access_of(data: Data) -> Access:
+    """What a configuration says of it."""
+    return Access(data.read_timeout_seconds, data.read_retries, data.connections)
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of the file at `location`, which has `size` bytes in all."""
+
+    location: str
+    size: int
+    start: int
+    stop: int
+
+
+class Store(Protocol):
+    """What the stores of this module can do."""
+
+    def size(self, location: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+
+    def read(self, location: str) -> bytes:
+        """A whole, small file. Raises FileNotFoundError."""
+
+    def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
+        """The bytes of spans, in their order."""
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL."""
+    return "://" in location or location.startswith("pipe:")
+
+
+def join(location: str, name: str) -> str:
+    """A file in a folder."""
+    return f"{location.rstrip('/')}/{name}" if is_remote(location) else str(Path(location) / name)
+
+
+def split(location: str) -> tuple[str, str]:
+    """The folder of a file, and its name."""
+    if is_remote(location):
+        folder, _, name = location.rpartition("/")
+        return folder, name
+    return str(Path(location).parent), Path(location).name
+
+
+def open_store(location: str, access: Access) -> Store:
+    """The store for files below `location`. Raises DataError for a kind of URL that there is none for."""
+    if is_remote(location):
+        raise DataError(f"data.shards = {location}: must be a local folder or local tar files; copy the shards here")
+    return LocalFiles()
+
+
+class LocalFiles:
+    """Files of this machine, mapped into memory."""
+
+    def __init__(self) -> None:
+        self._mapped = lru_cache(MAX_OPEN_FILES)(_map)
+
+    def size(self, location: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        path = Path(location)
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, location: str) -> bytes:
+        """A whole, small file. Raises FileNotFoundError, OSError."""
+        return Path(location).read_bytes()
+
+    def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
+        """The bytes of spans, in their order: views of the files. Raises DataError."""
+        return [self._view(span) for span in spans]
+
+    def _view(self, span: Span) -> memoryview:
+        content = self._mapped(span.location, span.size)
+        # Touching a page beyond the end of a file that shrank would kill the process.
+        check_size(span.location, content.size(), span.size)
+        return memoryview(content)[span.start : span.stop]
+
+
+def check_size(location: str, found: int, expected: int) -> None:
+    """Raise DataError where a file has not the bytes that its index says."""
+    if found != expected:
+        raise DataError(
+            f"{location}: {found} bytes, its index says {expected}; restore it and start again: the run "
+            "continues from its last checkpoint"
+        )
+
+
+def _map(location: str, size: int) -> mmap.mmap:
+    for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
+        try:
+            with open(location, "rb") as file:
+                check_size(location, os.fstat(file.fileno()).st_size, size)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            fault = error.strerror
+        if pause is not None:
+            time.sleep(pause)
+    raise DataError(
+        f"{location}: can't be read ({fault}), tried {OPEN_RETRIES + 1} times; restore it and start again: "
+        "the run continues from its last checkpoint"
+    )

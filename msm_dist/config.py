@@ -67,6 +67,8 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
 
     shards: str | list[str] = "data/audioset"
     """Folder with index.json, or tar shards as a path, a brace pattern or a list of them."""
+    mix: dict[str, float] | None = None
+    """Several corpora instead of data.shards: the weight of each folder's crops."""
     valid_shards: str | list[str] | None = None
     """Held-out shards for validation; none: no validation."""
     lanes: int | None = Field(None, ge=1)
@@ -83,8 +85,10 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     """Crops cut from a clip each time it is served."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of clips that may fail to decode before the run stops."""
+    allow_pipe: bool = False
+    """Allow shards behind `pipe:COMMAND`, which runs that command in a shell."""
     allow_missing_shards: bool = False
-    """Start although shards of the index are missing; their slots are filled from neighbours."""
+    """Start although shards of the index are missing or cut off; their slots are filled from neighbours."""
     read_timeout_seconds: float = Field(30.0, gt=0, le=3600)
     """How long a remote read may go without a byte before it is tried again."""
     read_retries: int = Field(5, ge=0, le=100)

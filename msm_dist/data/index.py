@@ -13,9 +13,10 @@ remedy.
 import hashlib
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ UNFINISHED_NAME = ".pack"
 MEMBERS_SUFFIX = ".members.npy"
 REPORTED_AT_ONCE = 20
 ACCESS = Access()
+
+log = logging.getLogger(__name__)
 
 MEMBER_FIELDS = [("offset", "<i8"), ("size", "<i8"), ("samples", "<i8"), ("rate", "<i4"), ("format", "|S8")]
 """Place and bytes of a clip in its tar, samples per channel at its own rate (Hz), codec; then the key.
@@ -78,6 +81,19 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Official:
+    """How much of a published collection a corpus has: its tables by name, their clips, those found.
+
+    `manifest` is the sha256 of the identifiers of the clips found, sorted, a line each.
+    """
+
+    tables: tuple[str, ...]
+    clips: int
+    found: int
+    manifest: str
+
+
+@dataclass(frozen=True)
 class Index:
     """A corpus. mean, std: over every log-mel value; mel_mean: per band; None where they were not measured.
 
@@ -95,6 +111,9 @@ class Index:
     std: float | None = None
     mel_mean: tuple[float, ...] | None = None
     features: dict[str, Any] | None = None
+    official: Official | None = None
+    made_from: str | None = None
+    """Digest of the audio corpus behind stored log-mels."""
 
     @property
     def root(self) -> Path:
@@ -144,6 +163,8 @@ def write_index(index: Index) -> None:
         "std": index.std,
         "mel_mean": index.mel_mean,
         "features": index.features,
+        "official": index.official and asdict(index.official),
+        "made_from": index.made_from,
     }
     write_atomically(index.root / INDEX_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -153,12 +174,17 @@ def check_shards(
 ) -> set[int]:
     """Compare the shards with the index: their size, or their sha256 too (reads everything).
 
-    Returns the numbers of missing shards. Raises DataError naming every damaged shard, and every missing
-    one unless `allow_missing`.
+    Returns the numbers of missing shards; with `allow_missing` those of another size, cut off or half copied, count
+    as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`.
     """
     store = open_store(index.location, access)
     sizes = [store.size(shard.location) for shard in index.shards]
     missing = {number for number, size in enumerate(sizes) if size is None}
+    if allow_missing:
+        for number, shard in enumerate(index.shards):
+            if number not in missing and (fault := _size_fault(shard, sizes[number])):
+                log.warning("%s: counts as missing", fault)
+                missing.add(number)
     faults = [] if allow_missing else [f"{index.shards[number].location}: missing" for number in sorted(missing)]
     for number, shard in enumerate(index.shards):
         if number not in missing and (fault := _size_fault(shard, sizes[number]) or _digest_fault(shard, verify)):
@@ -248,6 +274,14 @@ class _ShardEntry(BaseModel):
         return name
 
 
+class _OfficialEntry(BaseModel):
+    model_config = _CHECKED
+    tables: list[str]
+    clips: int = Field(ge=0)
+    found: int = Field(ge=0)
+    manifest: Digest
+
+
 class _IndexFile(BaseModel):
     model_config = _CHECKED
     version: Literal[1]
@@ -260,6 +294,8 @@ class _IndexFile(BaseModel):
     std: float | None = Field(ge=1e-3)
     mel_mean: list[float] | None
     features: dict[str, Any] | None
+    official: _OfficialEntry | None = None
+    made_from: Digest | None = None
 
 
 def _expand(text: str) -> list[str]:
@@ -290,8 +326,11 @@ def _read_index(root: str, store: Store) -> Index:
         raise DataError(_invalid(root, faults))
     shards = tuple(Shard(**shard.model_dump(), location=join(root, shard.name)) for shard in entry.shards)
     mel_mean = None if entry.mel_mean is None else tuple(entry.mel_mean)
-    rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features"})
-    return Index(location=root, shards=shards, mel_mean=mel_mean, **rest)
+    official = None
+    if entry.official is not None:
+        official = Official(**entry.official.model_dump() | {"tables": tuple(entry.official.tables)})
+    rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features", "made_from"})
+    return Index(location=root, shards=shards, mel_mean=mel_mean, official=official, **rest)
 
 
 def _contradictions(entry: _IndexFile) -> Iterable[str]:

@@ -8,10 +8,12 @@ DataError on a member that is not as long as its clip.
 import io
 
 import numpy as np
+import torch
 
 from msm_dist.config import Features
 from msm_dist.data.audio import num_target_samples
 from msm_dist.errors import DataError
+from msm_dist.features import LogMel, quantize
 
 SUFFIX = ".logmel.npy"
 HEADER_BYTES = 128  # of a .npy file of this kind
@@ -22,6 +24,11 @@ def encode_logmel(codes: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(codes), version=(1, 0), allow_pickle=False)
     return file.getvalue()
+
+
+def encode_clip(samples: np.ndarray, front_end: LogMel) -> bytes:
+    """The member of a whole clip, int16 [S] at the front end's rate: its centred log-mel, quantised."""
+    return encode_logmel(quantize(front_end(torch.from_numpy(samples[None]), centred=True))[0, 0].numpy())
 
 
 def logmel_span(row: np.void, features: Features, offset: int, frames: int) -> tuple[int, int]:

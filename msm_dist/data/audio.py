@@ -9,11 +9,12 @@ import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 
+from msm_dist.data.ogg import damaged_page, is_ogg
 from msm_dist.errors import MsmError
 
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
@@ -30,7 +31,7 @@ class BadClip(MsmError):
     """A clip that can't be trained on.
 
     `reason` is one of: undecodable, unsupported_format, unsupported_rate, unknown_length, too_long, empty,
-    truncated, non_finite; packing adds too_short and unreadable.
+    truncated, non_finite, changed (no longer the clip that was packed); packing adds too_short and unreadable.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -52,6 +53,14 @@ class AudioInfo:
     format: str
 
 
+class Packed(NamedTuple):
+    """What a clip's sidecar says of it: samples per channel, its own rate in Hz, format."""
+
+    samples: int
+    rate: int
+    format: str
+
+
 def probe(encoded: Encoded) -> AudioInfo:
     """Read the header only. Raises BadClip."""
     with _opened(encoded) as sound:
@@ -70,8 +79,12 @@ def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np
         return _span(sound, start, stop, sample_rate)
 
 
-def decode_crop(encoded: Encoded, start: int, stop: int, num_samples: int, sample_rate: int) -> np.ndarray:
+def decode_crop(
+    encoded: Encoded, start: int, stop: int, num_samples: int, sample_rate: int, packed: Packed | None = None
+) -> np.ndarray:
     """Samples [start, stop), counted at `sample_rate`, as int16 [stop - start]. Raises BadClip.
+
+    Audio that is not as it was `packed` is no crop of that clip, however well it decodes: its reason is "changed".
 
     The clip counts as `num_samples` long: what it lacks is silence at its end. Positions before 0 or from
     num_samples on are reflected about the first and the last sample (numpy's "reflect"), so that a crop's
@@ -81,6 +94,9 @@ def decode_crop(encoded: Encoded, start: int, stop: int, num_samples: int, sampl
     positions = _reflect(np.arange(start, stop), num_samples)
     low, high = int(positions.min()), int(positions.max()) + 1
     with _opened(encoded) as sound:
+        found = Packed(sound.frames, sound.samplerate, FORMATS[sound.format])
+        if packed and found != packed:
+            raise BadClip("changed", f"{_described(found)}; packed was {_described(packed)}")
         if sound.samplerate == sample_rate:
             exact = sound.subtype == "PCM_16" and sound.channels == 1
             span = _read(sound, min(low, sound.frames), min(high, sound.frames), "int16" if exact else "float32")
@@ -118,6 +134,8 @@ def _opened(encoded: Encoded):
     file = io.BytesIO(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
     if not file.read(1):
         raise BadClip("empty", "0 bytes")
+    if file is not encoded and is_ogg(encoded) and (place := damaged_page(encoded)) is not None:
+        raise BadClip("undecodable", f"the ogg page at byte {place} is damaged")
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:
@@ -139,6 +157,10 @@ def _check_header(sound: soundfile.SoundFile) -> None:
         raise BadClip("unknown_length", f"{sound.format} header without a length; encode it to a file, not a pipe")
 
 
+def _described(clip: Packed) -> str:
+    return f"{clip.samples} samples at {clip.rate} Hz in {clip.format}"
+
+
 def _span(sound: soundfile.SoundFile, start: int, stop: int, sample_rate: int) -> np.ndarray:
     return _resample(_read(sound, start, stop, "float32"), sound.samplerate, sample_rate)
 
@@ -152,6 +174,9 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
     if start:
         sound.seek(start)
     while start < stop:
+        # The place in a damaged mp3 may be past the length that its header gave.
+        if sound.tell() > sound.frames:
+            raise BadClip("undecodable", f"at sample {sound.tell()} of {sound.frames}")
         block = sound.read(min(stop - start, chunk), dtype=dtype, always_2d=True)
         if not len(block):
             raise BadClip("truncated", f"ends after {start} of {sound.frames} samples")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msm_dist.config import Features
-from msm_dist.data.audio import BadClip, decode_crop, num_target_samples
+from msm_dist.data.audio import BadClip, Packed, decode_crop, num_target_samples
 from msm_dist.data.index import Index, Shard, members
 from msm_dist.data.logmel import cut_logmel, logmel_span
 from msm_dist.data.plan import Plan, crop_offset, fill_block
@@ -64,6 +64,11 @@ def no_crop(kind: str, features: Features, frames: int) -> np.ndarray:
     if kind == "logmel":
         return np.zeros((frames, features.n_mels), np.uint8)
     return np.zeros(features.crop_samples(frames), np.int16)
+
+
+def packed_as(row: np.void) -> Packed:
+    """What a row of a sidecar says of its clip's audio."""
+    return Packed(int(row["samples"]), int(row["rate"]), row["format"].decode(errors="replace"))
 
 
 class CropReader:
@@ -136,4 +141,5 @@ class CropReader:
         if self._source.index.kind == "logmel":
             return cut_logmel(content, features, frames)
         start = features.hop * offset - features.n_fft // 2
-        return decode_crop(content, start, start + features.crop_samples(frames), length, features.sample_rate)
+        stop, packed = start + features.crop_samples(frames), packed_as(row)
+        return decode_crop(content, start, stop, length, features.sample_rate, packed)

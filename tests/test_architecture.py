@@ -69,8 +69,9 @@ def test_part_stays_clear_of(part: str, forbidden: set[str]) -> None:
     assert not {name: targets for name, targets in wrong.items() if targets}
 
 
-def test_plan_is_numpy_alone() -> None:
-    modules = {name.partition(".")[0] for name in imported_modules(ROOT / "msm_dist" / "data" / "plan.py")}
+@pytest.mark.parametrize("module", ["plan.py", "mix.py"])
+def test_plan_is_numpy_alone(module: str) -> None:
+    modules = {name.partition(".")[0] for name in imported_modules(ROOT / "msm_dist" / "data" / module)}
     assert modules - set(sys.stdlib_module_names) <= {"numpy", "msm_dist"}
 
 

@@ -111,7 +111,7 @@ def test_a_plan_entered_anywhere_equals_the_tail_of_an_unbroken_one(plan, cursor
 def test_what_is_remembered_of_a_plan_is_bounded_and_changes_nothing(monkeypatch):
     arguments = [100] * 40, 3, 8, 8, 64, 1
     expected = [make_plan(*arguments).block_samples(n).tolist() for n in range(4000)]
-    monkeypatch.setattr(plan_module, "_CACHED_POSITIONS", 4 * 64)
+    monkeypatch.setattr(plan_module, "CACHED_POSITIONS", 4 * 64)
     plan = make_plan(*arguments)
     assert [plan.block_samples(n).tolist() for n in range(4000)] == expected
     assert len(plan._windows) == 4 and len(plan._epochs) == plan_module._CACHED_EPOCHS

@@ -16,27 +16,53 @@ Random numbers come from counters, never from state. Permutations sort raw words
 the masks do (key: seed low, seed high; counter: group, crop + (tag << 24), clip, epoch).
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from msm_dist.errors import ConfigError, DataError
 
 MIN_LANE_CLIPS = 64
+SHORT_LANE_CLIPS = 8
 FILL_REACH = 1000  # places searched in either direction for the stand-in of a bad clip
 CROP_BITS = 24  # of a Philox counter word; the tag stands above
 CROP_OFFSET_TAG = 2  # 1 belongs to the masks
 
-_SHARDS, _START, _WINDOW = 1, 2, 3  # purposes of permutations
+CACHED_POSITIONS = 2**20  # of permutations, 8 MB
+
+_SHARDS, _START, _WINDOW = 1, 2, 3  # purposes of permutations; 4 and 5 are those of data/mix.py
 _CACHED_EPOCHS = 4
-_CACHED_POSITIONS = 2**20
 _UINT32 = np.uint64(0xFFFFFFFF)
 
 Reads = Callable[[np.ndarray], np.ndarray]
+
+
+class Order(Protocol):
+    """What a reader needs of a plan: this module's, or one of several sources (data/mix.py)."""
+
+    seed: int
+    lanes: int
+    block: int
+    crops_per_clip: int
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the corpus."""
+
+    @property
+    def most_lanes(self) -> int:
+        """The largest data.lanes that the corpus allows."""
+
+    def block_samples(self, n: int) -> np.ndarray:
+        """Samples of global block n: int64 [block, 3] of (epoch, clip, crop)."""
+
+    def locate(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard number and position inside the shard of each clip."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +94,11 @@ class Plan:
         """Clips served in one epoch: all but the num_clips % lanes that sit out."""
         return self.lanes * self.lane_clips
 
+    @property
+    def most_lanes(self) -> int:
+        """The largest data.lanes that the corpus allows."""
+        return most_lanes(self.num_clips)
+
     def block_samples(self, n: int) -> np.ndarray:
         """Samples of global block n: int64 [block, 3] of (epoch, clip, crop)."""
         place, lane = divmod(n, self.lanes)
@@ -90,11 +121,10 @@ class Plan:
 
     def locate(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and position inside the shard of each clip, both int64 shaped like `clips`."""
-        shards = np.searchsorted(self.shard_ends, clips, side="right")
-        return shards, clips - np.concatenate([[0], self.shard_ends])[shards]
+        return locate_clips(self.shard_ends, clips)
 
     def _clips_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        order, ends, start = _cached(self._epochs, epoch, lambda: self._shuffle_shards(epoch), _CACHED_EPOCHS)
+        order, ends, start = cached(self._epochs, epoch, lambda: self._shuffle_shards(epoch), _CACHED_EPOCHS)
         positions = (positions + start) % self.num_clips
         turns = np.searchsorted(ends, positions, side="right")
         return self.shard_ends[order[turns]] - (ends[turns] - positions)
@@ -103,15 +133,15 @@ class Plan:
         """The epoch's order of shards, the clips up to the end of each, and where the ring starts."""
         order = permutation(self.seed, _SHARDS, len(self.shard_ends), epoch=epoch)
         ends = np.cumsum(np.diff(self.shard_ends, prepend=0)[order])
-        return order, ends, int(_raw_words(self.seed, _START, 1, epoch=epoch)[0]) % self.num_clips
+        return order, ends, int(raw_words(self.seed, _START, 1, epoch=epoch)[0]) % self.num_clips
 
     def _window_order(self, epoch: int, lane: int, window: int) -> np.ndarray:
         size = min(self.shuffle_window, self.lane_clips - window * self.shuffle_window)
-        return _cached(
+        return cached(
             self._windows,
             (epoch, lane, window),
             lambda: permutation(self.seed, _WINDOW, size, epoch=epoch, lane=lane, window=window),
-            max(1, _CACHED_POSITIONS // min(self.shuffle_window, self.lane_clips)),
+            max(1, CACHED_POSITIONS // min(self.shuffle_window, self.lane_clips)),
         )
 
 
@@ -131,31 +161,43 @@ def make_plan(
     num_clips = int(ends[-1]) if len(ends) else 0
     if num_clips == 0:
         raise DataError("data.shards: the index lists 0 clips; pack audio with `msm-dist data pack SRC OUT`")
-    most, default = max(1, num_clips // MIN_LANE_CLIPS), default_lanes(num_clips)
+    most, default = most_lanes(num_clips), default_lanes(num_clips)
     if lanes is not None and lanes > most:
         raise ConfigError(
             f"data.lanes = {lanes}: the corpus has {num_clips} clips and a lane given here needs "
             f"{MIN_LANE_CLIPS} of them; choose at most {most}, or leave it out to get {default}"
         )
-    largest = 2**CROP_BITS // (2 * FILL_REACH + 2)
-    if block > largest:
-        raise ConfigError(f"data.block = {block}: must not exceed {largest}; choose a smaller one, 8 is usual")
+    check_block(block)
     return Plan(ends, seed, lanes or default, block, shuffle_window, crops_per_clip)
 
 
-def default_lanes(num_clips: int) -> int:
+def check_block(block: int) -> None:
+    """Raise ConfigError on a block so large that stand-ins' numbers would not fit."""
+    largest = 2**CROP_BITS // (2 * FILL_REACH + 2)
+    if block > largest:
+        raise ConfigError(f"data.block = {block}: must not exceed {largest}; choose a smaller one, 8 is usual")
+
+
+def most_lanes(num_clips: int) -> int:
+    """The largest data.lanes that so many clips allow."""
+    return max(1, num_clips // MIN_LANE_CLIPS)
+
+
+def default_lanes(num_clips: int, smallest: int | None = None) -> int:
     """Lanes that a corpus gets: the largest of 240, 480, 960, ... that leaves each 64 clips.
 
     Below 15,360 clips the choice is 1, 2, 4, ... 128. Up to 8 lanes may be as short as 8 clips, and two as short
-    as one, so that a few processes can share a small corpus.
+    as one, so that a few processes can share a small corpus. Where several sources mix, each lane also gets 8 clips
+    of the `smallest`, but for such short lanes.
     """
-    short = min(8, max(num_clips // 8, 2), num_clips)
-    most = max(short, num_clips // MIN_LANE_CLIPS)
+    most = max(_short_lanes(num_clips), num_clips // MIN_LANE_CLIPS)
+    if smallest is not None:
+        most = min(most, max(_short_lanes(smallest), smallest // SHORT_LANE_CLIPS))
     unit = 240 if most >= 240 else 1
     return unit << (most // unit).bit_length() - 1
 
 
-def check_lanes(plan: Plan, world_size: int, num_workers: int) -> None:
+def check_lanes(plan: Order, world_size: int, num_workers: int) -> None:
     """Raise ConfigError, with the valid choices, unless lanes spread evenly over all loader workers."""
     workers = max(1, num_workers)
     if plan.lanes % (world_size * workers) == 0:
@@ -163,17 +205,25 @@ def check_lanes(plan: Plan, world_size: int, num_workers: int) -> None:
     remedies = []
     if plan.lanes % world_size == 0:
         fits = [k for k in range(1, 65) if plan.lanes % (world_size * k) == 0]
-        remedies.append(f"data.num_workers from {_some(fits)}")
-    fits = [w for w in range(1, plan.lanes + 1) if plan.lanes % (w * workers) == 0]
-    if fits:
-        remedies.append(f"a number of processes from {_some(fits)}")
-    unit, most = world_size * workers, max(1, plan.num_clips // MIN_LANE_CLIPS)
+        remedies.append(f"data.num_workers from {_some(_nearest(fits, workers))}")
+    if fits := valid_worlds(plan.lanes, workers):
+        remedies.append(f"a number of processes from {_some(_nearest(fits, world_size))}")
+    unit, most = world_size * workers, plan.most_lanes
     if unit <= most:
         remedies.append(f"for a new run, data.lanes from the multiples of {unit} up to {most // unit * unit}")
     raise ConfigError(
         f"data.lanes = {plan.lanes}: must be a multiple of {world_size} processes x {workers} loader workers "
         f"= {unit}; choose {', or '.join(remedies) or 'fewer processes and loader workers'}"
     )
+
+
+def valid_worlds(lanes: int, num_workers: int) -> list[int]:
+    """Numbers of processes, ascending, over which lanes spread evenly with so many loader workers each."""
+    if lanes % max(1, num_workers):
+        return []
+    share = lanes // max(1, num_workers)
+    small = [world for world in range(1, math.isqrt(share) + 1) if share % world == 0]
+    return sorted({*small, *(share // world for world in small)})
 
 
 def micro_batch_blocks(i: int, rank: int, world_size: int, blocks_per_micro_batch: int) -> np.ndarray:
@@ -199,7 +249,7 @@ def crop_offset(seed: int, sample_ids: np.ndarray, max_offset: np.ndarray) -> np
     return ((word * choices) >> np.uint64(32)).astype(np.int64)
 
 
-def fill_block(plan: Plan, n: int, reads: Reads) -> tuple[np.ndarray, np.ndarray]:
+def fill_block(plan: Order, n: int, reads: Reads) -> tuple[np.ndarray, np.ndarray]:
     """Samples of block n with bad clips replaced: int64 [block, 3], and which slots are fills: bool [block].
 
     `reads` says which of int64 [m, 3] samples can be read: bool [m]. A clip is bad if any crop of it in the
@@ -227,7 +277,7 @@ def fill_block(plan: Plan, n: int, reads: Reads) -> tuple[np.ndarray, np.ndarray
     return samples, bad
 
 
-def _lane_candidates(plan: Plan, n: int) -> Iterator[tuple[int, int, int]]:
+def _lane_candidates(plan: Order, n: int) -> Iterator[tuple[int, int, int]]:
     """Epoch, clip and distance code z of the stand-ins around block n of its lane, nearest first."""
     for back in range(1, min(n // plan.lanes, FILL_REACH) + 1):
         for epoch, clip, _ in plan.block_samples(n - back * plan.lanes)[:: -plan.crops_per_clip].tolist():
@@ -243,7 +293,28 @@ def _lane_candidates(plan: Plan, n: int) -> Iterator[tuple[int, int, int]]:
 
 def permutation(seed: int, purpose: int, n: int, **counter: int) -> np.ndarray:
     """A random order of range(n), int64 [n], keyed by epoch, lane and window too; the same in every numpy."""
-    return np.argsort(_raw_words(seed, purpose, n, **counter), kind="stable")
+    return np.argsort(raw_words(seed, purpose, n, **counter), kind="stable")
+
+
+def raw_words(seed: int, purpose: int, n: int, epoch: int = 0, lane: int = 0, window: int = 0) -> np.ndarray:
+    """Random words uint64 [n] of a key and a counter."""
+    # numpy counts up word 0 of the counter as it generates.
+    return np.random.Philox(key=[seed, purpose], counter=[0, window, lane, epoch]).random_raw(n)
+
+
+def cached(cache: OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], Any], limit: int) -> Any:
+    """The value of `key`, made if need be; the cache keeps the `limit` newest."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > limit:
+            cache.popitem(last=False)
+    return cache[key]
+
+
+def locate_clips(shard_ends: np.ndarray, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard number and position inside the shard of each clip, both int64 shaped like `clips`."""
+    shards = np.searchsorted(shard_ends, clips, side="right")
+    return shards, clips - np.where(shards > 0, shard_ends[shards - 1], 0)
 
 
 def philox4x32(seed: int, counter: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -262,18 +333,13 @@ def philox4x32(seed: int, counter: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [c0, c1, c2, c3]
 
 
-def _raw_words(seed: int, purpose: int, n: int, epoch: int = 0, lane: int = 0, window: int = 0) -> np.ndarray:
-    # numpy counts up word 0 of the counter as it generates.
-    return np.random.Philox(key=[seed, purpose], counter=[0, window, lane, epoch]).random_raw(n)
+def _short_lanes(num_clips: int) -> int:
+    return min(8, max(num_clips // SHORT_LANE_CLIPS, 2), num_clips)
 
 
-def _cached(cache: OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], Any], limit: int) -> Any:
-    """The value of `key`, made if need be; the cache keeps the `limit` newest."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > limit:
-            cache.popitem(last=False)
-    return cache[key]
+def _nearest(values: Sequence[int], wanted: int, limit: int = 12) -> list[int]:
+    """The `limit` values nearest to the wanted one, ascending."""
+    return sorted(sorted(values, key=lambda value: abs(value - wanted))[:limit])
 
 
 def _some(values: Sequence[int], limit: int = 12) -> str:

@@ -6,6 +6,7 @@ BASE = [
     "torch>=2.11",
     "torchaudio>=2.11",
     "soundfile>=0.12",
+    "soxr>=0.5",
     "safetensors>=0.4.3",
     "numpy>=1.26",
     "pydantic>=2.7",
@@ -23,6 +24,8 @@ TRAIN = [
     "tensorboard>=2.18",
     "matplotlib>=3.8",
 ]
+VIDEO = ["torchcodec>=0.12"]
+PARQUET = ["pyarrow>=15.0"]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -54,6 +57,6 @@ setup(
         "msm_kernels": ["configurations.json"],
     },
     install_requires=BASE,
-    extras_require={"train": TRAIN, "dev": DEV},
+    extras_require={"train": TRAIN, "video": VIDEO, "parquet": PARQUET, "dev": DEV},
     entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},
 )

@@ -122,7 +122,7 @@ def requirements() -> list[Requirement]:
             for node in ast.parse(setup.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         }
-        named = {"BASE": "", "TRAIN": "train", "DEV": "dev"}
+        named = {"BASE": "", "TRAIN": "train", "VIDEO": "video", "PARQUET": "parquet", "DEV": "dev"}
         return [_parse(line, extra) for name, extra in named.items() for line in lists[name]]
     lines = metadata.requires("msm-dist") or []
     extras = [re.search(r"extra == ['\"](\w+)", line) for line in lines]

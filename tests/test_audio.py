@@ -1,5 +1,6 @@
 """Decoding: what a crop holds, what resampling keeps, what every kind of broken file is called."""
 
+import io
 import pickle
 import tracemalloc
 
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msm_dist.data.audio import BadClip, decode, decode_crop, num_target_samples, probe, to_int16
+from msm_dist.data.audio import (
+    BadClip,
+    decode,
+    decode_crop,
+    fit_int16,
+    num_target_samples,
+    probe,
+    resampling_ratio,
+    to_int16,
+)
 from tests.audio_files import CODECS, bad_files, encode, flac_claiming, noise, wav_claiming
 
 CLIP = noise(8000)
@@ -96,6 +106,13 @@ def test_pitch_of_odd_rates_is_within_the_promised_rounding(rate):
     assert np.argmax(spectrum) * 16000 / 2**21 == pytest.approx(1234.5, rel=1 / 4000)
 
 
+@pytest.mark.parametrize("rate", [11111, 15999, 22255, 44101, 191999])
+def test_ratio_for_tensors_is_within_the_promised_rounding_and_small(rate):
+    old, new = resampling_ratio(rate, 16000)
+    assert new / old == pytest.approx(16000 / rate, rel=1 / 4000)
+    assert min(old, new) <= 2000
+
+
 @given(samples=st.integers(1, 5000), rate=st.sampled_from([4000, 11111, 15999, 22255, 44100, 44101]))
 def test_length_after_resampling_is_the_promised_one(samples, rate):
     assert len(decode(encode(noise(samples), "wav", rate), 16000)) == num_target_samples(samples, rate, 16000)
@@ -113,9 +130,18 @@ def test_length_at_another_rate_is_rounded_up():
     assert [num_target_samples(samples, rate, 16000) for samples, rate, _ in lengths] == [n for *_, n in lengths]
 
 
-def test_resampling_leaves_out_what_the_new_rate_can_not_hold():
-    waveform = decode(encode(tone(12000, 44100), "wav", 44100), 16000)
-    assert np.abs(waveform[1000:-1000]).max() < 0.01
+@pytest.mark.parametrize("rate", [22050, 44100, 48000])
+@pytest.mark.parametrize("frequency", [8200, 9000, 10500])
+def test_resampling_leaves_out_what_the_new_rate_can_not_hold(rate, frequency):
+    waveform = decode(encode(tone(frequency, rate), "wav", rate), 16000)
+    assert np.abs(waveform[1000:-1000]).max() < 1e-4
+
+
+@pytest.mark.parametrize("rate", [22050, 44100, 48000])
+def test_resampling_keeps_the_level_up_to_7500_hz(rate):
+    for frequency in (100, 3000, 7000, 7500):
+        waveform = decode(encode(tone(frequency, rate), "wav", rate), 16000)[1000:-1000]
+        assert 20 * np.log10(np.sqrt(2 * np.mean(waveform**2)) / 0.5) == pytest.approx(0, abs=0.5)
 
 
 def test_loud_samples_are_clipped_not_wrapped():
@@ -124,6 +150,22 @@ def test_loud_samples_are_clipped_not_wrapped():
     resampled = decode(encode(loud.astype(np.int16), "wav", 12000), 16000)
     assert resampled.max() > 1
     np.testing.assert_array_equal(to_int16(resampled) > 0, np.rint(resampled * 32768) > 0)
+
+
+@given(peak=st.floats(0.5, 4), sign=st.sampled_from([-1, 1]))
+def test_clip_beyond_full_scale_is_scaled_as_a_whole(peak, sign):
+    waveform = np.linspace(-0.5, 1, 301, dtype=np.float32) * np.float32(peak * sign)
+    samples, gain = fit_int16(waveform)
+    assert gain == 1 or max(abs(samples.astype(int))) >= 32766
+    assert gain <= 1
+    np.testing.assert_allclose(samples / 32768, waveform * gain, atol=1 / 65536 + 1e-6)
+
+
+def test_samples_within_full_scale_are_kept_as_they_are():
+    extremes = np.array([-32768, 32767, -1, 0, 1], np.int16)
+    samples, gain = fit_int16((extremes / 32768).astype(np.float32))
+    assert gain == 1
+    np.testing.assert_array_equal(samples, extremes)
 
 
 @pytest.mark.parametrize("name", sorted(bad_files().keys() - {"one_sample.wav", "claims_a_year.flac"}))
@@ -152,6 +194,32 @@ def test_wrong_suffix_does_not_matter_but_an_unknown_format_does():
 def test_claimed_length_of_a_wav_is_not_believed():
     content = wav_claiming(CLIP.tobytes(), num_bytes=2**31)
     np.testing.assert_array_equal(to_int16(decode(content, 16000)), CLIP)
+
+
+@pytest.mark.parametrize("codec", ["wav", "float.wav"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_cut_in_half_is_truncated(codec, channels):
+    encoded = encode(noise(8000, channels=channels), codec)
+    assert probe(encoded).samples == 8000
+    for content in (encoded[: len(encoded) // 2], encoded[:-5]):
+        for source in (content, io.BytesIO(content)):
+            with pytest.raises(BadClip, match="of 8000 samples") as fault:
+                probe(source)
+            assert fault.value.reason == "truncated"
+
+
+def test_wav_with_other_chunks_is_read_past_them():
+    encoded = encode(CLIP, "wav")
+    extra = b"LIST" + (5).to_bytes(4, "little") + b"notes\0"
+    assert probe(encoded[:36] + extra + encoded[36:]).samples == 8000
+    assert probe(encoded + extra).samples == 8000
+    with pytest.raises(BadClip, match="truncated"):
+        probe((encoded[:36] + extra + encoded[36:])[:-100])
+
+
+@pytest.mark.parametrize("claimed", [2**32 - 1, 0x7FFFFFFF, 0x7FFFF000])
+def test_wav_from_a_pipe_holds_what_is_there(claimed):
+    assert probe(wav_claiming(CLIP.tobytes(), num_bytes=claimed)).samples == 8000
 
 
 @pytest.mark.parametrize(("claimed", "reason"), [(2**28, "undecodable"), (2**36 - 1, "too_long")])

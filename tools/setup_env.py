@@ -36,7 +36,8 @@ def main() -> None:
 
 def use_given_interpreter(needs: list[str] | None) -> None:
     """Check the floors of the running interpreter's packages and make ours importable."""
-    faults = [(r, found) for r, found in unmet(requirements()) if not needs or r.name in needs]
+    required = [r for r in requirements() if (r.name in needs if needs else r.extra in ("", "train", "dev"))]
+    faults = unmet(required)
     if faults:
         lines = [f"  {r.name} >= {r.floor}: {found or 'none'} is here" for r, found in faults]
         stop(f"{sys.executable} lacks packages:\n" + "\n".join(lines) + "\ninstall them, or leave out VENV=0")
@@ -75,7 +76,7 @@ def make_environment(venv: Path, torch_index: str | None) -> None:
         run([*pip, "--no-deps", "--index-url", torch_index, "torch"])
     elif shutil.which("nvidia-smi") is None:
         say("    no GPU here: if pip fetches gigabytes of CUDA, stop and give TORCH_INDEX=<CPU wheel index>")
-    run([*pip, "-e", f"{ROOT}[train,dev]"])
+    run([*pip, "-e", f"{ROOT}[train,video,parquet,dev]"])
     say("3/3 check, and repair what does not fit together (make doctor shows it again)")
     run([str(python), "-m", "msm_dist.doctor", "--fix"])
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

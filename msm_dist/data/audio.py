@@ -6,6 +6,7 @@ with BadClip, which carries a reason. Memory follows the samples that are there,
 """
 
 import io
+import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
+import soxr
 
 from msm_dist.data.ogg import damaged_page, is_ogg
 from msm_dist.errors import MsmError
@@ -23,6 +25,9 @@ MAX_SAMPLES = 2**29
 CHUNK_VALUES = 2**20
 MAX_PHASES = 2_000
 UNKNOWN_LENGTH = 2**62
+UNKNOWN_WAV_BYTES = 0x7FFF0000  # programs that write to a pipe claim this or more
+RESAMPLING = "VHQ"  # of soxr; chosen by benchmarks/resampling.py
+FULL_SCALE = 32767 / 32768
 
 Encoded = bytes | bytearray | memoryview | BinaryIO
 
@@ -62,8 +67,10 @@ class Packed(NamedTuple):
 
 
 def probe(encoded: Encoded) -> AudioInfo:
-    """Read the header only. Raises BadClip."""
+    """Read the header only. A WAV that claims more samples than are there is truncated. Raises BadClip."""
     with _opened(encoded) as sound:
+        if sound.format in ("WAV", "WAVEX"):
+            _check_wav(encoded, sound)
         return AudioInfo(sound.frames, sound.samplerate, sound.channels, FORMATS[sound.format])
 
 
@@ -115,8 +122,8 @@ def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
 def resampling_ratio(rate: int, sample_rate: int) -> tuple[int, int]:
     """The old and the new rate for torchaudio's resampler; an odd pair is rounded, by 1 in 4,000 at the worst.
 
-    Its bank has a filter per phase of the reduced ratio: 44,101 Hz to 16 kHz would take gigabytes. 0.4 cents of
-    pitch are no loss beside that; all rates in use reduce to fewer phases and are exact.
+    For waveforms that are tensors. Its bank has a filter per phase of the reduced ratio: 44,101 Hz to 16 kHz would
+    take gigabytes. 0.4 cents of pitch are no loss beside that; all rates in use reduce to fewer phases and are exact.
     """
     low, high = sorted((rate, sample_rate))
     ratio = Fraction(low, high).limit_denominator(MAX_PHASES)
@@ -125,7 +132,23 @@ def resampling_ratio(rate: int, sample_rate: int) -> tuple[int, int]:
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """Float samples in -1..1 as int16, rounded; what is louder is clipped, never wrapped."""
-    return np.rint(np.clip(waveform, -1.0, 32767 / 32768) * 32768).astype(np.int16)
+    return np.rint(np.clip(waveform, -1.0, FULL_SCALE) * 32768).astype(np.int16)
+
+
+def fit_int16(waveform: np.ndarray) -> tuple[np.ndarray, float]:
+    """Float samples as int16, and the gain that was needed: a clip beyond full scale is scaled down as a whole."""
+    peak = max(waveform.max(initial=0.0) / FULL_SCALE, -waveform.min(initial=0.0))
+    gain = 1.0 if peak <= 1 else float(1 / peak)
+    return to_int16(waveform if gain == 1 else waveform * np.float32(gain)), gain
+
+
+def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """Float32 [S] at another rate: num_target_samples of them."""
+    if rate == sample_rate or not len(waveform):
+        return waveform
+    resampled = soxr.resample(waveform, rate, sample_rate, quality=RESAMPLING)
+    target = num_target_samples(len(waveform), rate, sample_rate)
+    return np.pad(resampled[:target], (0, max(0, target - len(resampled))))
 
 
 @contextmanager
@@ -157,12 +180,34 @@ def _check_header(sound: soundfile.SoundFile) -> None:
         raise BadClip("unknown_length", f"{sound.format} header without a length; encode it to a file, not a pipe")
 
 
+def _check_wav(encoded: Encoded, sound: soundfile.SoundFile) -> None:
+    """Raise BadClip where the header of a WAV promises more samples than follow; libsndfile believes the file."""
+    file = io.BytesIO(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
+    place, end = file.tell(), file.seek(0, io.SEEK_END)
+    try:
+        block = 1
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"data":
+                if end - file.tell() < size < UNKNOWN_WAV_BYTES:
+                    claimed = size // block
+                    raise BadClip("truncated", f"ends after {sound.frames} of {claimed} samples")
+                return
+            content = file.read(min(size, 16))
+            if name == b"fmt " and len(content) == 16:
+                block = max(1, struct.unpack_from("<H", content, 12)[0])
+            file.seek(size + size % 2 - len(content), io.SEEK_CUR)
+    finally:
+        file.seek(place)
+
+
 def _described(clip: Packed) -> str:
     return f"{clip.samples} samples at {clip.rate} Hz in {clip.format}"
 
 
 def _span(sound: soundfile.SoundFile, start: int, stop: int, sample_rate: int) -> np.ndarray:
-    return _resample(_read(sound, start, stop, "float32"), sound.samplerate, sample_rate)
+    return resample(_read(sound, start, stop, "float32"), sound.samplerate, sample_rate)
 
 
 def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.ndarray:
@@ -186,17 +231,6 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
     if dtype == "float32" and not np.isfinite(waveform).all():
         raise BadClip("non_finite", "NaN or infinite samples")
     return waveform
-
-
-def _resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    if rate == sample_rate or not len(waveform):
-        return waveform
-    import torch
-    from torchaudio.functional import resample
-
-    resampled = resample(torch.from_numpy(waveform), *resampling_ratio(rate, sample_rate)).numpy()
-    target = num_target_samples(len(waveform), rate, sample_rate)
-    return np.pad(resampled[:target], (0, max(0, target - len(resampled))))
 
 
 def _reflect(positions: np.ndarray, length: int) -> np.ndarray:

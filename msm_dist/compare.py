@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from msm_dist.config import flat_items, load_config
+from msm_dist.config import flat_items, flat_settings, load_config
 from msm_dist.errors import DataError, MsmError
 from msm_dist.monitor import read_metrics
 
@@ -84,7 +84,7 @@ def compare(run: Path, reference: Path, tolerance: float = TOLERANCE) -> str:
 
 def read_record(folder: Path) -> Record:
     """Read a run folder's config.yaml, metrics.jsonl, environment.json. Raises ConfigError, DataError."""
-    settings = flat_items(load_config(folder / "config.yaml").model_dump(mode="json"))
+    settings = flat_settings(load_config(folder / "config.yaml").model_dump(mode="json"))
     lines = read_metrics(folder / "metrics.jsonl")
     train = {line["step"]: line for line in lines if "loss" in line}
     if not train:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from msm_dist.errors import ConfigError
 
@@ -65,10 +65,10 @@ class Run(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attri
 class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The corpus, the order in which it is served and how a clip is cut."""
 
-    shards: str | list[str] = "data/audioset"
-    """Folder with index.json, or tar shards as a path, a brace pattern or a list of them."""
-    mix: dict[str, float] | None = None
-    """Several corpora instead of data.shards: the weight of each folder's crops."""
+    shards: str | list[str] | None = "data/audioset"
+    """Folder with index.json, or tar shards as a path, a brace pattern or a list of them; none: data.mix instead."""
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
+    """Several corpora instead of data.shards, as folder: weight; a weight is that folder's share of the crops."""
     valid_shards: str | list[str] | None = None
     """Held-out shards for validation; none: no validation."""
     lanes: int | None = Field(None, ge=1)
@@ -97,6 +97,13 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     """Parallel requests of each loader process to a remote store."""
     verify: Literal["size", "digest"] = "size"
     """What of each shard is compared with the index at the start: its size, or its sha256 (reads all of it)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_beside_mix(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mix") is not None and "shards" not in values:
+            return values | {"shards": None}
+        return values
 
 
 class Features(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
@@ -387,8 +394,20 @@ def flat_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The same of a whole configuration for comparing: of data.mix the weights alone, as its folders may move."""
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("mix"), dict):
+        values = values | {"data": data | {"mix": list(data["mix"].values())}}
+    return flat_items(values)
+
+
 def _conflicts(cfg: Config) -> Iterable[str]:
     """Every impossible combination that needs neither corpus nor world size."""
+    if cfg.data.mix is not None and cfg.data.shards is not None:
+        yield f"data.shards = {cfg.data.shards} and data.mix: give one of them, the other is to be null"
+    if cfg.data.mix is None and cfg.data.shards is None:
+        yield "data.shards is missing: give data.shards, or data.mix for several corpora"
     height, width = cfg.model.patch
     mels, frames = cfg.features.n_mels, cfg.data.crop_frames
     if mels % height:

@@ -1,17 +1,22 @@
-"""What a run trains on: shards, order, front end with its statistics, length.
+"""What a run trains on: shards of one or several corpora, order, front end with its statistics, length.
 
 In: a Config and its batch layout. Out: a `Corpus`. Raises DataError when shards are missing or damaged,
-ConfigError when they don't fit the configuration.
+ConfigError when they don't fit the configuration. Of several corpora (data.mix) one is made: its index lists the
+shards of all, its plan mixes theirs, its statistics are those of the mixture that is served.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
-from msm_dist.config import BatchLayout, Config, Features
-from msm_dist.data.index import Index, check_shards, load_index
+from msm_dist.config import BatchLayout, Config, Data, Features
+from msm_dist.data.index import Index, Official, check_shards, load_index
+from msm_dist.data.mix import MixedPlan, make_mix
 from msm_dist.data.plan import Plan, check_lanes, make_plan
-from msm_dist.data.storage import access_of
+from msm_dist.data.storage import access_of, split
 from msm_dist.errors import ConfigError, DataError
 
 
@@ -20,29 +25,22 @@ class Corpus:
     """What a run trains on: the shards, their order, the front end with its statistics, and the length."""
 
     index: Index
-    plan: Plan
+    """Of all sources."""
+    plan: Plan | MixedPlan
     features: Features
     missing: frozenset[int]
     total_steps: int
     warmup_steps: float
+    sources: tuple[Index, ...]
+    """Of each of them; the one index without data.mix."""
 
 
 def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
     """Find the shards, check them against their index and lay out the order. Raises DataError, ConfigError."""
-    access = access_of(cfg.data)
-    index = load_index(cfg.data.shards, access)
-    missing = check_shards(index, "size", cfg.data.allow_missing_shards, access)
-    if len(missing) == len(index.shards):
-        raise DataError(f"{index.location}: all {len(missing)} shards are missing; data.allow_missing_shards needs one")
-    plan = make_plan(
-        [shard.clips for shard in index.shards],
-        cfg.seed,
-        cfg.data.lanes,
-        cfg.data.block,
-        cfg.data.shuffle_window,
-        cfg.data.crops_per_clip,
-    )
+    sources, missing = _open_sources(cfg.data)
+    plan = _lay_out(cfg, sources)
     check_lanes(plan, layout.world_size, cfg.data.num_workers)
+    index = sources[0] if isinstance(plan, Plan) else _joined(sources, plan)
     steps_per_epoch = plan.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch
     total_steps = cfg.train.steps or math.ceil(cfg.train.epochs * steps_per_epoch)
     warmup = cfg.optim.warmup_steps
@@ -52,12 +50,17 @@ def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
             f"optim.warmup_steps, warmup_epochs: {warmup:.0f} steps of warm-up in a run of {total_steps} steps; "
             "warm up for less"
         )
-    return Corpus(index, plan, front_end_settings(cfg.features, index), frozenset(missing), total_steps, warmup)
+    for source in sources:
+        front_end_settings(cfg.features, source)
+    features = front_end_settings(cfg.features, index)
+    return Corpus(index, plan, features, frozenset(missing), total_steps, warmup, sources)
 
 
 def check_digests(index: Index, rank: int, world_size: int) -> None:
     """Compare this rank's share of the shards with their digests; reads all of them. Raises DataError."""
-    check_shards(replace(index, shards=index.shards[rank::world_size]), "digest", allow_missing=True)
+    mine = sorted(index.shards[rank::world_size], key=lambda shard: split(shard.location)[0])
+    for folder, shards in groupby(mine, key=lambda shard: split(shard.location)[0]):
+        check_shards(replace(index, location=folder, shards=tuple(shards)), "digest", allow_missing=True)
 
 
 def front_end_settings(features: Features, index: Index) -> Features:
@@ -81,7 +84,7 @@ def front_end_settings(features: Features, index: Index) -> Features:
 
 def plan_identity(corpus: Corpus) -> dict[str, Any]:
     """What the order and the input of a run are functions of, beside its configuration: kept in the run folder."""
-    return {
+    identity = {
         "index_digest": corpus.index.digest,
         "num_clips": corpus.plan.num_clips,
         "lanes": corpus.plan.lanes,
@@ -89,3 +92,102 @@ def plan_identity(corpus: Corpus) -> dict[str, Any]:
         "mean": corpus.features.mean,
         "std": corpus.features.std,
     }
+    if isinstance(corpus.plan, MixedPlan):
+        identity["mix_digests"] = [source.digest for source in corpus.sources]
+        identity["mix_places"] = list(corpus.plan.places)
+    return identity
+
+
+def _open_sources(data: Data) -> tuple[tuple[Index, ...], set[int]]:
+    """The indexes of data.shards or data.mix, and the missing shards, numbered through all of them."""
+    access = access_of(data)
+    sources, missing = [], set()
+    for shards in data.mix or [data.shards]:
+        source = load_index(shards, access)
+        absent = check_shards(source, "size", data.allow_missing_shards, access)
+        if len(absent) == len(source.shards):
+            raise DataError(
+                f"{source.location}: all {len(absent)} shards are missing; data.allow_missing_shards needs one"
+            )
+        first = sum(len(other.shards) for other in sources)
+        missing |= {first + number for number in absent}
+        sources.append(source)
+    _check_alike(sources)
+    return tuple(sources), missing
+
+
+def _check_alike(sources: Sequence[Index]) -> None:
+    """Raise ConfigError where sources can't be mixed."""
+    for number, source in enumerate(sources):
+        if source.kind != sources[0].kind:
+            raise ConfigError(
+                f"data.mix: {source.location} holds {source.kind} clips, {sources[0].location} {sources[0].kind} "
+                "clips; pack all sources as the same kind"
+            )
+        if same := [other for other in sources[:number] if other.digest == source.digest]:
+            raise ConfigError(
+                f"data.mix: {same[0].location} and {source.location} are the same corpus; name it once, with the sum "
+                "of their weights"
+            )
+
+
+def _lay_out(cfg: Config, sources: Sequence[Index]) -> Plan | MixedPlan:
+    data = cfg.data
+    clips = [[shard.clips for shard in source.shards] for source in sources]
+    order = cfg.seed, data.lanes, data.block, data.shuffle_window, data.crops_per_clip
+    if data.mix is None:
+        return make_plan(clips[0], *order)
+    return make_mix(dict(zip(data.mix, clips, strict=True)), list(data.mix.values()), *order)
+
+
+def _joined(sources: Sequence[Index], plan: MixedPlan) -> Index:
+    """One index of all sources."""
+    rates = {source.sample_rate for source in sources}
+    mean, std, mel_mean = _mixed_statistics(sources, plan.shares)
+    return Index(
+        location=" + ".join(source.location for source in sources),
+        kind=sources[0].kind,
+        sample_rate=rates.pop() if len(rates) == 1 else None,
+        shards=tuple(shard for source in sources for shard in source.shards),
+        seconds=sum(source.seconds for source in sources),
+        mean=mean,
+        std=std,
+        mel_mean=mel_mean,
+        features=sources[0].features,
+        official=_all_official([source.official for source in sources if source.official]),
+        made_from=_digest([source.made_from for source in sources]),
+    )
+
+
+def _mixed_statistics(
+    sources: Sequence[Index], shares: Sequence[float]
+) -> tuple[float | None, float | None, tuple[float, ...] | None]:
+    """mean, std and mel_mean of what is served, None unless all sources have theirs: of the moments by share."""
+    if any(source.mean is None or source.std is None or source.mel_mean is None for source in sources):
+        return None, None, None
+    weighted = list(zip(shares, sources, strict=True))
+    mean = sum(share * source.mean for share, source in weighted)
+    # The second moment, taken about the common mean: a difference of large squares would lose digits.
+    variance = sum(share * (source.std**2 + (source.mean - mean) ** 2) for share, source in weighted)
+    bands = zip(*(source.mel_mean for source in sources), strict=True)
+    mel_mean = tuple(sum(share * value for share, value in zip(shares, band, strict=True)) for band in bands)
+    return mean, math.sqrt(variance), mel_mean
+
+
+def _all_official(parts: Sequence[Official]) -> Official | None:
+    """What all sources have of published collections, None where none has any."""
+    if not parts:
+        return None
+    return Official(
+        tables=tuple(table for part in parts for table in part.tables),
+        clips=sum(part.clips for part in parts),
+        found=sum(part.found for part in parts),
+        manifest=_digest([part.manifest for part in parts]),
+    )
+
+
+def _digest(digests: Sequence[str | None]) -> str | None:
+    """One digest of several in order, None where one is lacking."""
+    if None in digests:
+        return None
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()

@@ -7,6 +7,7 @@ import torch
 
 from msm_dist.config import Config
 from msm_dist.corpus import Corpus
+from msm_dist.data.mix import MixedPlan
 from msm_dist.engine.checkpoint import Saved, checkpoint_name
 from msm_dist.engine.world import World
 from msm_dist.environment import device_name
@@ -28,6 +29,12 @@ def announcement(
         f"corpus     {corpus.index.location}: {corpus.plan.num_clips} clips, {corpus.index.seconds / 3600:.2f} h, "
         f"{corpus.plan.lanes} lanes, mean {corpus.features.mean:.3f}, std {corpus.features.std:.3f}",
     ]
+    if isinstance(corpus.plan, MixedPlan):
+        lines += [
+            f"source     {source.location}: {share:.1%} of the crops, {source.num_clips} clips, "
+            f"{source.seconds / 3600:.2f} h"
+            for source, share in zip(corpus.sources, corpus.plan.shares, strict=True)
+        ]
     lines += [f"note       {note}" for note in (*attention_notes(cfg, world.device), *notes)]
     if corpus.missing:
         lines.append(f"missing    {len(corpus.missing)} of {len(corpus.index.shards)} shards; their slots are filled")

@@ -82,10 +82,10 @@ class Validation:
         """Decode this rank's share; None without data.valid_shards. No collective. Raises DataError."""
         if cfg.data.valid_shards is None:
             return None
-        if corpus.index.mel_mean is None:
+        for lacking in (source.location for source in corpus.sources if source.mel_mean is None):
             raise DataError(
-                f"{corpus.index.location}: its index has no mean per mel band, which validation compares with; "
-                f"run `msm-dist data stats {corpus.index.location}`"
+                f"{lacking}: its index has no mean per mel band, which validation compares with; "
+                f"run `msm-dist data stats {lacking}`"
             )
         try:
             access = access_of(cfg.data)

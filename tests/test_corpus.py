@@ -110,3 +110,84 @@ def test_identity_changes_with_the_corpus_alone(shards, copy):
     index["shards"][0]["sha256"] = "0" * 64
     edit_index(copy, shards=index["shards"])
     assert plan_identity(open_with(shards)) != plan_identity(open_with(copy))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "own", count=64, num_shards=2, seed=5)
+
+
+def mixed(first, second, weights=(3, 1), **sections):
+    data = {"mix": dict(zip(map(str, (first, second)), weights, strict=True)), "shards": None}
+    return open_with(None, **sections | {"data": data | sections.get("data", {})})
+
+
+def test_a_mix_is_one_corpus_of_all_its_sources(shards, own):
+    corpus = mixed(shards, own)
+    assert [shard.path for shard in corpus.index.shards] == [*sorted(shards.glob("*.tar")), *sorted(own.glob("*.tar"))]
+    assert corpus.index.location == f"{shards} + {own}"
+    assert [source.location for source in corpus.sources] == [str(shards), str(own)]
+    assert corpus.plan.shares == (0.75, 0.25)
+    assert corpus.plan.clips_per_epoch == corpus.index.num_clips == 192 + 64
+    assert corpus.index.seconds == sum(source.seconds for source in corpus.sources)
+    train = {"epochs": 3, "global_batch": 32, "micro_batch": 8}
+    assert mixed(shards, own, train=train).total_steps == 24
+
+
+def test_statistics_of_a_mix_are_those_of_what_is_served(shards, own):
+    corpus = mixed(shards, own)
+    one, two = (json.loads((folder / "index.json").read_text()) for folder in (shards, own))
+    mean = 0.75 * one["mean"] + 0.25 * two["mean"]
+    second = 0.75 * (one["std"] ** 2 + one["mean"] ** 2) + 0.25 * (two["std"] ** 2 + two["mean"] ** 2)
+    assert corpus.features.mean == pytest.approx(mean, rel=1e-12)
+    assert corpus.features.std == pytest.approx((second - mean**2) ** 0.5, rel=1e-9)
+    bands = [0.75 * a + 0.25 * b for a, b in zip(one["mel_mean"], two["mel_mean"], strict=True)]
+    assert corpus.index.mel_mean == pytest.approx(bands, rel=1e-12)
+    assert mixed(shards, own, features={"mean": -7.1, "std": 4.2}).features.mean == -7.1
+
+
+def test_identity_of_a_mix_changes_with_weights_and_order_not_with_places(shards, own, copy):
+    identity = plan_identity(mixed(shards, own))
+    assert plan_identity(mixed(copy, own)) == identity
+    assert plan_identity(mixed(shards, own, (6, 2))) == identity
+    assert plan_identity(mixed(shards, own, (2, 1))) != identity
+    assert plan_identity(mixed(own, shards, (1, 3))) != identity
+
+
+def test_sources_that_do_not_mix_are_refused_by_name(shards, own, copy):
+    with pytest.raises(ConfigError, match=f"{shards} and {copy} are the same corpus"):
+        mixed(shards, copy)
+    edit_index(copy, kind="logmel")
+    with pytest.raises(ConfigError, match=f"{copy} holds logmel clips, {shards} audio clips"):
+        mixed(shards, copy)
+    edit_index(copy, kind="audio", mean=None, std=None, mel_mean=None, features=None)
+    with pytest.raises(ConfigError, match=f"features.mean, .* nor in {copy}/index.json"):
+        mixed(own, copy)
+    with pytest.raises(ConfigError, match="features.fmin = 20.0: the statistics .* were made with 50.0"):
+        mixed(shards, own, features={"fmin": 20})
+    with pytest.raises(ConfigError, match="data.shards = x and data.mix: give one of them"):
+        mixed(shards, own, data={"shards": "x"})
+
+
+def test_missing_shards_of_a_mix_are_numbered_through_all_sources(shards, copy, own):
+    (copy / "clips-000001.tar").unlink()
+    with pytest.raises(DataError, match="clips-000001.tar: missing"):
+        mixed(own, copy)
+    assert mixed(own, copy, data={"allow_missing_shards": True}).missing == {3}
+    for tar in copy.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(DataError, match=f"{copy}: all 3 shards are missing"):
+        mixed(own, copy, data={"allow_missing_shards": True})
+
+
+def test_changed_byte_of_any_source_is_found_where_digests_are_checked(shards, own, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    tar = folder / "clips-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[5000] ^= 1
+    tar.write_bytes(data)
+    index = mixed(shards, folder).index
+    for rank in range(4):
+        check_digests(index, rank, world_size=5)
+    with pytest.raises(DataError, match="own/clips-000001.tar: sha256"):
+        check_digests(index, 4, world_size=5)

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from msm_dist.config import Config, dump_config, flat_items
+from msm_dist.config import Config, dump_config, flat_settings
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.files import write_atomically
 
@@ -101,10 +101,10 @@ def compare_config(folder: Path, cfg: Config) -> None:
     path = folder / "config.yaml"
     if path.exists():
         try:
-            recorded = flat_items(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            recorded = flat_settings(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, yaml.YAMLError):
             raise ConfigError(f"{path}: can't be read as settings; restore it, or choose another run.name=") from None
-        wanted = flat_items(cfg.model_dump(mode="json"))
+        wanted = flat_settings(cfg.model_dump(mode="json"))
         differences = [
             f"  {name}: {recorded.get(name)!r} in {path}, {wanted.get(name)!r} now"
             for name in dict.fromkeys([*recorded, *wanted])

@@ -18,7 +18,7 @@ from msm_dist.errors import DataError
 LOG_OFFSET = 1.1920929e-7  # added before the logarithm; the spacing of float32 at 1
 INT16_SCALE = 1 / 32768
 CODE_LOW = math.log(LOG_OFFSET)  # silence
-CODE_STEP = 0.09  # nat; 255 steps reach 7.0, beyond a full-scale tone's 6.7
+CODE_STEP = 0.09  # nat; 255 steps reach 7.008, and no waveform in -1..1 has more than 7.004 with the usual front end
 
 
 class LogMel(nn.Module):
@@ -35,6 +35,7 @@ class LogMel(nn.Module):
         window = torch.hann_window(features.win, periodic=True, dtype=torch.float64)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", mel_filters(features), persistent=False)
+        self.code_step = code_step(self.filters, self.window)
 
     def forward(self, waveform: Tensor, centred: bool = False) -> Tensor:
         """Log-mel of waveforms [B, S], floating in [-1, 1] or int16: float32 [B, 1, F, T].
@@ -46,7 +47,7 @@ class LogMel(nn.Module):
         frame.
         """
         if waveform.dtype == torch.uint8:
-            return dequantize(waveform).transpose(1, 2).unsqueeze(1)
+            return dequantize(waveform, self.code_step).transpose(1, 2).unsqueeze(1)
         if waveform.ndim != 2:
             raise ValueError(f"waveform is {list(waveform.shape)}: must be [clips, samples]")
         needed = 1 if centred else self.features.n_fft
@@ -77,15 +78,24 @@ def normalize(logmel: Tensor, mean: float, std: float) -> Tensor:
     return (logmel - mean) / std
 
 
-def quantize(logmel: Tensor) -> Tensor:
-    """Log-mel [..., F, T] as stored: uint8 [..., T, F], time-major, CODE_STEP apart from CODE_LOW on."""
-    codes = ((logmel.transpose(-1, -2) - CODE_LOW) / CODE_STEP).round()
+def quantize(logmel: Tensor, step: float = CODE_STEP) -> Tensor:
+    """Log-mel [..., F, T] as stored: uint8 [..., T, F], time-major, `step` nat apart from CODE_LOW on."""
+    codes = ((logmel.transpose(-1, -2) - CODE_LOW) / step).round()
     return codes.clamp(0, 255).to(torch.uint8)
 
 
-def dequantize(codes: Tensor) -> Tensor:
-    """The log-mel values of uint8 codes, float32 of the same shape; off by half a CODE_STEP at most."""
-    return codes.float() * CODE_STEP + CODE_LOW
+def dequantize(codes: Tensor, step: float = CODE_STEP) -> Tensor:
+    """The log-mel values of uint8 codes, float32 of the same shape; off by half a `step` at most."""
+    return codes.float() * step + CODE_LOW
+
+
+def code_step(filters: Tensor, window: Tensor) -> float:
+    """The step of a front end's codes: CODE_STEP, or as much more as 255 of them need to reach its loudest value.
+
+    For samples in -1..1 a bin's power is at most (sum of the window) squared, a band's that times its filter's sum.
+    """
+    loudest = filters.sum(0).max() * window.sum() ** 2 + LOG_OFFSET
+    return max(CODE_STEP, (loudest.log().item() - CODE_LOW) / 255)
 
 
 def mel_filters(features: Features) -> Tensor:

@@ -89,9 +89,9 @@ def truncating(run, *rest):
     return stop_if_skipped(run, *rest)
 
 
-def stuck(reader, block):
-    if block < BLOCKS_PER_STEP * (int(number) - 1):
-        return read_block(reader, block)
+def stuck(reader, numbers, *room):
+    if numbers[-1] < BLOCKS_PER_STEP * (int(number) - 1):
+        return read_blocks(reader, numbers, *room)
     if not mine:
         raise DataError("gone")
     fifo = Path(os.environ["MARK"] + f".fifo.{os.getpid()}")
@@ -162,7 +162,7 @@ if mine and what == "rename":
 if mine and what == "export":
     pretrain.finish = lambda *_: die()
 if (mine and what in ("stuck", "undead")) or what == "lost":
-    read_block, crops.CropReader.block = crops.CropReader.block, stuck
+    read_blocks, crops.CropReader.blocks = crops.CropReader.blocks, stuck
 if what == "undead":
     multiprocessing.process.BaseProcess.kill = multiprocessing.process.BaseProcess.terminate = lambda *_: None
 if mine and what == "pause":

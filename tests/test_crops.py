@@ -71,23 +71,23 @@ def test_a_damaged_clip_is_replaced_by_the_rule_and_nothing_else_changes(index, 
     source = source_of(index)
     block = 5
     damaged = int(source.plan.block_samples(block)[1, 1])
-    before = [whole.block(n) for n in range(block - 2, block + 3)]
+    before = [whole.blocks([n]) for n in range(block - 2, block + 3)]
     damage_clip(index, damaged)
     reader = CropReader(source)
-    after = [reader.block(n) for n in range(block - 2, block + 3)]
+    after = [reader.blocks([n]) for n in range(block - 2, block + 3)]
     donor = source.plan.block_samples(block)[0]
     for old, new in zip(before, after, strict=True):
-        slots = [i for i in range(4) if not (old.number == block and i == 1)]
+        slots = [i for i in range(4) if not (old.numbers[0] == block and i == 1)]
         np.testing.assert_array_equal(new.sample_ids[slots], old.sample_ids[slots])
         for i in slots:
-            np.testing.assert_array_equal(new.crops[i].values, old.crops[i].values)
-        assert new.num_bad == (new.number == block) and new.num_missing == 0
+            np.testing.assert_array_equal(new.values[i], old.values[i])
+        assert new.num_bad == (new.numbers[0] == block) and new.num_missing == 0
     filled = after[2]
     assert filled.sample_ids[1].tolist() == [donor[0], donor[1], 1]
-    assert filled.crops[1].key == f"clip-{donor[1]:04d}"
-    np.testing.assert_array_equal(filled.crops[1].values, expected_crop(CLIPS[donor[1]], filled.crops[1].offset))
+    assert filled.keys[1] == f"clip-{donor[1]:04d}"
+    np.testing.assert_array_equal(filled.values[1], expected_crop(CLIPS[donor[1]], filled.offsets[1]))
     for n in range(100):
-        reader.block(n)
+        reader.blocks([n])
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and f"clip clip-{damaged:04d}: undecodable" in warnings[0]
 
@@ -98,18 +98,18 @@ def test_a_block_without_a_good_clip_is_filled_from_its_lane(index):
     for clip in source.plan.block_samples(lanes)[:, 1].tolist():
         damage_clip(index, clip)
     last = source.plan.block_samples(0)[-1]
-    block = CropReader(source).block(lanes)
+    block = CropReader(source).blocks([lanes])
     assert block.sample_ids.tolist() == [[last[0], last[1], 1 + 2 * 4 + k] for k in range(4)]
     assert block.num_bad == 4
-    for crop in block.crops:
-        np.testing.assert_array_equal(crop.values, expected_crop(CLIPS[last[1]], crop.offset))
+    for values, offset in zip(block.values, block.offsets, strict=True):
+        np.testing.assert_array_equal(values, expected_crop(CLIPS[last[1]], offset))
 
 
 def test_a_damaged_clip_is_bad_with_all_its_crops(index):
     source = source_of(index, crops_per_clip=2)
     bad, good = source.plan.block_samples(0)[[0, 2], 1].tolist()
     damage_clip(index, bad)
-    block = CropReader(source).block(0)
+    block = CropReader(source).blocks([0])
     assert block.sample_ids.tolist() == [[0, good, 2], [0, good, 3], [0, good, 0], [0, good, 1]]
     assert block.num_bad == 2
 
@@ -121,7 +121,7 @@ def test_clips_of_a_missing_shard_are_replaced_without_being_read(index, caplog)
     reader = CropReader(source)
     num_missing = 0
     for n in range(2 * source.plan.lanes):
-        block = reader.block(n)
+        block = reader.blocks([n])
         expected, filled = fill_block(source.plan, n, lambda ids: (ids[:, 1] < 24) | (ids[:, 1] >= 48))
         assert block.sample_ids.tolist() == expected.tolist()
         assert (block.num_bad, block.num_missing) == (0, filled.sum())
@@ -166,11 +166,10 @@ def test_a_changed_table_of_clips_ends_the_run(index):
 
 
 def test_few_shards_are_open_at_a_time_without_a_difference(index, monkeypatch):
-    expected = [CropReader(source_of(index)).block(n) for n in range(20)]
+    expected = [CropReader(source_of(index)).blocks([n]) for n in range(20)]
     monkeypatch.setattr(storage, "MAX_OPEN_FILES", 1)
     reader = CropReader(source_of(load_index(str(index.root))))
     for n in range(20):
-        block = reader.block(n)
-        for crop, other in zip(block.crops, expected[n].crops, strict=True):
-            np.testing.assert_array_equal(crop.values, other.values)
+        block = reader.blocks([n])
+        np.testing.assert_array_equal(block.values, expected[n].values)
         assert reader._store._mapped.cache_info().currsize == 1

@@ -72,12 +72,12 @@ def expected(corpus):
     reader = CropReader(Source(plan, corpus, Features(), FRAMES))
     records = []
     for n in range(6 * GLOBAL_BATCH // BLOCK):
-        block = reader.block(n)
+        crops = reader.read(plan.block_samples(n))
         batch = Batch(
-            crops=torch.from_numpy(np.stack([crop.values for crop in block.crops])),
+            crops=torch.from_numpy(np.stack([crop.values for crop in crops])),
             sample_ids=torch.from_numpy(plan.block_samples(n)),
             blocks=torch.full((BLOCK,), n),
-            offsets=torch.tensor([crop.offset for crop in block.crops]),
+            offsets=torch.tensor([crop.offset for crop in crops]),
             keys=[f"clip-{clip:04d}" for clip in plan.block_samples(n)[:, 1]],
             num_bad=0,
             num_missing=0,

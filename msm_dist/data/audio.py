@@ -7,6 +7,7 @@ with BadClip, which carries a reason. Memory follows the samples that are there,
 
 import io
 import struct
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,7 @@ MAX_SAMPLES = 2**29
 CHUNK_VALUES = 2**20
 MAX_PHASES = 2_000
 UNKNOWN_LENGTH = 2**62
+NEAR_SAMPLES = 8192  # two FLAC frames
 UNKNOWN_WAV_BYTES = 0x7FFF0000  # programs that write to a pipe claim this or more
 RESAMPLING = "VHQ"  # of soxr; chosen by benchmarks/resampling.py
 FULL_SCALE = 32767 / 32768
@@ -89,29 +91,53 @@ def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np
 def decode_crop(
     encoded: Encoded, start: int, stop: int, num_samples: int, sample_rate: int, packed: Packed | None = None
 ) -> np.ndarray:
-    """Samples [start, stop), counted at `sample_rate`, as int16 [stop - start]. Raises BadClip.
+    """Samples [start, stop), counted at `sample_rate`, as int16 [stop - start]: see `decode_crops`. Raises BadClip."""
+    return decode_crops(encoded, [start], stop - start, num_samples, sample_rate, packed)[0]
+
+
+def decode_crops(
+    encoded: Encoded,
+    starts: Sequence[int],
+    length: int,
+    num_samples: int,
+    sample_rate: int,
+    packed: Packed | None = None,
+) -> list[np.ndarray]:
+    """Samples [start, start + length) of each start, counted at `sample_rate`, as int16 [length]. Raises BadClip.
 
     Audio that is not as it was `packed` is no crop of that clip, however well it decodes: its reason is "changed".
 
     The clip counts as `num_samples` long: what it lacks is silence at its end. Positions before 0 or from
     num_samples on are reflected about the first and the last sample (numpy's "reflect"), so that a crop's
-    uncentred spectrogram equals the slice of the whole clip's centred one. Only the span is decoded where
-    the file already has the rate; 16-bit mono then keeps its very samples.
+    uncentred spectrogram equals the slice of the whole clip's centred one. Only the spans are decoded where
+    the file already has the rate, what two share once; 16-bit mono then keeps its very samples.
     """
-    positions = _reflect(np.arange(start, stop), num_samples)
-    low, high = int(positions.min()), int(positions.max()) + 1
+    places = [_places(start, length, num_samples) for start in starts]
     with _opened(encoded) as sound:
         found = Packed(sound.frames, sound.samplerate, FORMATS[sound.format])
         if packed and found != packed:
             raise BadClip("changed", f"{_described(found)}; packed was {_described(packed)}")
+        spans = _joined([(low, high) for low, high, _ in places])
         if sound.samplerate == sample_rate:
             exact = sound.subtype == "PCM_16" and sound.channels == 1
-            span = _read(sound, min(low, sound.frames), min(high, sound.frames), "int16" if exact else "float32")
+            read = [
+                _read(sound, min(a, sound.frames), min(b, sound.frames), "int16" if exact else "float32")
+                for a, b in spans
+            ]
         else:
-            span = _span(sound, 0, sound.frames, sample_rate)[low:high]
-    crop = np.zeros(high - low, np.int16)
-    crop[: len(span)] = span if span.dtype == np.int16 else to_int16(span)
-    return crop[positions - low]
+            whole = _span(sound, 0, sound.frames, sample_rate)
+            read = [whole[a:b] for a, b in spans]
+    crops = [np.zeros(length, np.int16) for _ in places]
+    for (begin, end), span in zip(spans, read, strict=True):
+        span = span if span.dtype == np.int16 else to_int16(span)
+        for crop, (low, high, positions) in zip(crops, places, strict=True):
+            if begin <= low and high <= end:
+                piece = span[low - begin : high - begin]
+                if positions is None:
+                    crop[: len(piece)] = piece
+                else:
+                    crop[:] = np.pad(piece, (0, high - low - len(piece)))[positions]
+    return crops
 
 
 def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
@@ -231,6 +257,26 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
     if dtype == "float32" and not np.isfinite(waveform).all():
         raise BadClip("non_finite", "NaN or infinite samples")
     return waveform
+
+
+def _places(start: int, length: int, num_samples: int) -> tuple[int, int, np.ndarray | None]:
+    """The samples [low, high) that a crop needs, and where in them each of its own is; None: all in their order."""
+    if start >= 0 and start + length <= num_samples:
+        return start, start + length, None
+    positions = _reflect(np.arange(start, start + length), num_samples)
+    low = int(positions.min())
+    return low, int(positions.max()) + 1, positions - low
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that overlap or nearly touch as one, ascending: reading on is cheaper than seeking."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if joined and low <= joined[-1][1] + NEAR_SAMPLES:
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        else:
+            joined.append((low, high))
+    return joined
 
 
 def _reflect(positions: np.ndarray, length: int) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Crops of a corpus: found in its shards, cut, decoded, and filled in where a clip is bad.
 
-In: a Source and samples (epoch, clip, crop), or the number of a block of the plan. Out: crops of int16 audio, or of
-stored uint8 log-mel. A clip
-that can't be decoded is no failure: the plan's rule replaces it, it is counted, and logged once per process.
-Fails with DataError on a shard that vanished, changed its size or can't be read, and on a long stretch of the
-plan without a readable clip.
+In: a Source and samples (epoch, clip, crop), or numbers of blocks of the plan. Out: crops of int16 audio, or of
+stored uint8 log-mel. A clip that can't be decoded is no failure: the plan's rule replaces it, it is counted, and
+logged once per process. Fails with DataError on a shard that vanished, changed its size or can't be read, and on a
+long stretch of the plan without a readable clip.
 """
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,15 +15,21 @@ from typing import NamedTuple
 import numpy as np
 
 from msm_dist.config import Features
-from msm_dist.data.audio import BadClip, Packed, decode_crop, num_target_samples
+from msm_dist.data.audio import BadClip, Packed, decode_crops, num_target_samples
 from msm_dist.data.index import Index, Shard, members
-from msm_dist.data.logmel import cut_logmel, logmel_span
+from msm_dist.data.logmel import check_rows, crop_spans, fill_crop
 from msm_dist.data.plan import Plan, crop_offset, fill_block
 from msm_dist.data.storage import Access, Span, open_store
+from msm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
 MAX_TABLES = 4096  # of clips, 30 kB each: a worker's lanes lie in that many shards before it needs one again
+FETCH_BYTES = 32 * 2**20  # of clips at once, where they are no views of mapped files
+MAX_SAMPLES = 2**40  # of a clip, by its sidecar
+
+Values = Callable[[int], np.ndarray]
+"""Makes room for the values of n crops."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,38 @@ class Crop(NamedTuple):
     key: str
 
 
-class Block(NamedTuple):
-    """A block as served: int64 [block, 3] samples, their crops, stand-ins for bad and for missing clips."""
+class Blocks(NamedTuple):
+    """Blocks of the plan as served, joined: B crops in all."""
 
-    number: int
+    numbers: np.ndarray
+    """int64 [B]: each crop's block."""
     sample_ids: np.ndarray
-    crops: list[Crop]
+    """int64 [B, 3]: epoch, clip, crop, stand-ins in place of what can't be served."""
+    values: np.ndarray
+    """int16 [B, S] or uint8 [B, T, F], as a Crop's."""
+    offsets: np.ndarray
+    """int64 [B]: first frame of each crop in its clip."""
+    keys: list[str]
     num_bad: int
+    """Stand-ins for clips that can't be decoded."""
     num_missing: int
+    """Stand-ins for clips of missing shards."""
+
+
+class _Table(NamedTuple):
+    """A shard's clips: rows of its sidecar, and their lengths in samples at the target rate."""
+
+    shard: Shard
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
+class _Read(NamedTuple):
+    """What reading n samples gave, beside their values: offsets int64 [n], keys, which are good bool [n]."""
+
+    offsets: np.ndarray
+    keys: list[str]
+    good: np.ndarray
 
 
 def no_crop(kind: str, features: Features, frames: int) -> np.ndarray:
@@ -77,7 +107,9 @@ class CropReader:
     def __init__(self, source: Source):
         self._source = source
         self._store = open_store(source.index.location, source.access)
-        self._members = lru_cache(MAX_TABLES)(lambda shard: members(shard, self._store))
+        self._table = lru_cache(MAX_TABLES)(self._load)
+        self._missing = np.array(sorted(source.missing), np.int64)
+        self._like = no_crop(source.index.kind, source.features, source.crop_frames)
         self._reported: set[int] = set()
 
     def read(self, sample_ids: np.ndarray) -> list[Crop | None]:
@@ -85,61 +117,147 @@ class CropReader:
 
         Raises DataError if a shard vanished, changed its size or can't be read.
         """
+        values = self._room(len(sample_ids))
+        found = self._read(sample_ids, values)
+        crops = zip(values, found.offsets.tolist(), found.keys, found.good.tolist(), strict=True)
+        return [Crop(*crop) if good else None for *crop, good in crops]
+
+    def blocks(self, numbers: Sequence[int], room: Values | None = None) -> Blocks:
+        """Blocks of the plan, bad clips replaced; `room` makes the array of their values, by default an ordinary one.
+
+        Raises DataError as `read` and `fill_block` do.
+        """
+        plan, size = self._source.plan, self._source.plan.block
+        sample_ids = np.concatenate([plan.block_samples(number) for number in numbers])
+        values = (room or self._room)(len(sample_ids))
+        found = self._read(sample_ids, values)
+        num_bad = num_missing = 0
+        for i in np.flatnonzero(~found.good.reshape(-1, size).all(axis=1)).tolist():
+            at = slice(i * size, (i + 1) * size)
+            part = _Read(found.offsets[at], found.keys[at], found.good[at])
+            filled = self._fill(numbers[i], sample_ids[at], values[at], part)
+            found.keys[at] = part.keys
+            shards, _ = plan.locate(plan.block_samples(numbers[i])[filled, 1])
+            absent = int(np.isin(shards, self._missing).sum())
+            num_missing += absent
+            num_bad += len(shards) - absent
+        return Blocks(np.repeat(numbers, size), sample_ids, values, found.offsets, found.keys, num_bad, num_missing)
+
+    def _fill(self, number: int, sample_ids: np.ndarray, values: np.ndarray, found: _Read) -> np.ndarray:
+        """Replace in place what can't be served of a block that was read; returns which slots: bool [block]."""
+        known = dict(zip(map(tuple, sample_ids.tolist()), zip(values.copy(), *found, strict=True), strict=True))
+
+        def reads(asked: np.ndarray) -> np.ndarray:
+            new = np.array([sample for sample in asked.tolist() if tuple(sample) not in known], np.int64).reshape(-1, 3)
+            crops = self._room(len(new))
+            known.update(zip(map(tuple, new.tolist()), zip(crops, *self._read(new, crops), strict=True), strict=True))
+            return np.array([known[tuple(sample)][-1] for sample in asked.tolist()])
+
+        sample_ids[:], filled = fill_block(self._source.plan, number, reads)
+        for i, sample in enumerate(sample_ids.tolist()):
+            values[i], found.offsets[i], found.keys[i], _ = known[tuple(sample)]
+        return filled
+
+    def _room(self, num_crops: int) -> np.ndarray:
+        return np.empty((num_crops, *self._like.shape), self._like.dtype)
+
+    def _load(self, number: int) -> _Table:
+        """The clips of a shard. Raises DataError."""
+        shard, features = self._source.index.shards[number], self._source.features
+        rows = members(shard, self._store)
+        if (rows["samples"] > MAX_SAMPLES).any():
+            raise DataError(f"{shard.members_location}: a clip of {rows['samples'].max()} samples; pack it again")
+        lengths = num_target_samples(rows["samples"], rows["rate"], features.sample_rate)
+        if self._source.index.kind == "logmel":
+            check_rows(rows, features.num_frames(lengths), features)
+        return _Table(shard, rows, lengths)
+
+    def _read(self, sample_ids: np.ndarray, values: np.ndarray) -> _Read:
+        """Write the crops of int64 [n, 3] samples into `values`."""
         source, frames = self._source, self._source.crop_frames
         numbers, places = source.plan.locate(sample_ids[:, 1])
-        here = [i for i, number in enumerate(numbers.tolist()) if number not in source.missing]
-        shards = [source.index.shards[numbers[i]] for i in here]
-        rows = [self._members(shard)[place] for shard, place in zip(shards, places[here], strict=True)]
-        lengths = np.array([self._padded_length(row) for row in rows], np.int64)
-        max_offsets = source.features.num_frames(lengths) - frames
-        offsets = crop_offset(source.plan.seed, sample_ids[here], max_offsets).tolist()
-        spans = [self._span(*place) for place in zip(shards, rows, offsets, strict=True)]
-        crops: list[Crop | None] = [None] * len(sample_ids)
-        found = zip(here, shards, rows, lengths.tolist(), offsets, self._store.fetch(spans), strict=True)
-        for i, shard, row, length, offset, content in found:
-            key = row["key"].decode(errors="backslashreplace")
-            try:
-                crops[i] = Crop(self._cut(content, row, length, offset), offset, key)
-            except BadClip as fault:
-                if sample_ids[i, 1] not in self._reported:
-                    log.warning("%s: clip %s: %s; another one stands in for it", shard.location, key, fault)
-                self._reported.add(int(sample_ids[i, 1]))
-        return crops
+        good = ~np.isin(numbers, self._missing)
+        here = np.flatnonzero(good)
+        places = places.tolist()
+        tables = {number: self._table(number) for number in np.unique(numbers[here]).tolist()}
+        clips = [(tables[number], places[i]) for i, number in zip(here.tolist(), numbers[here].tolist(), strict=True)]
+        lengths = np.array([table.lengths[place] for table, place in clips], np.int64)
+        padded = np.maximum(lengths, source.features.hop * (frames - 1))
+        offsets, keys = np.zeros(len(sample_ids), np.int64), [""] * len(sample_ids)
+        offsets[here] = crop_offset(source.plan.seed, sample_ids[here], source.features.num_frames(padded) - frames)
+        for i, (table, place) in zip(here.tolist(), clips, strict=True):
+            keys[i] = table.rows["key"][place].decode(errors="backslashreplace")
+        if source.index.kind == "logmel":
+            self._cut_logmels(clips, lengths, offsets[here], here.tolist(), values)
+        else:
+            self._decode(clips, padded, sample_ids, offsets, here.tolist(), values, good)
+        return _Read(offsets, keys, good)
 
-    def block(self, number: int) -> Block:
-        """Block `number` of the plan, bad clips replaced. Raises DataError as `read` and `fill_block` do."""
-        crops: dict[tuple[int, ...], Crop] = {}
-
-        def reads(sample_ids: np.ndarray) -> np.ndarray:
-            found = self.read(sample_ids)
-            crops.update({tuple(s): crop for s, crop in zip(sample_ids.tolist(), found, strict=True) if crop})
-            return np.array([crop is not None for crop in found])
-
-        plan, missing = self._source.plan, self._source.missing
-        sample_ids, filled = fill_block(plan, number, reads)
-        shards, _ = plan.locate(plan.block_samples(number)[filled, 1])
-        num_missing = sum(shard in missing for shard in shards.tolist())
-        served = [crops[tuple(sample)] for sample in sample_ids.tolist()]
-        return Block(number, sample_ids, served, int(filled.sum()) - num_missing, num_missing)
-
-    def _padded_length(self, row: np.void) -> int:
-        """Samples at the target rate; a short clip counts as padded to one crop."""
-        features = self._source.features
-        samples = num_target_samples(int(row["samples"]), int(row["rate"]), features.sample_rate)
-        return max(samples, features.hop * (self._source.crop_frames - 1))
-
-    def _span(self, shard: Shard, row: np.void, offset: int) -> Span:
-        """The bytes of the shard that hold a crop."""
-        start, stop = int(row["offset"]), int(row["offset"] + row["size"])
-        if self._source.index.kind == "logmel":
-            start, stop = logmel_span(row, self._source.features, offset, self._source.crop_frames)
-        return Span(shard.location, shard.bytes, start, stop)
-
-    def _cut(self, content: memoryview, row: np.void, length: int, offset: int) -> np.ndarray:
-        """A crop's values. Raises BadClip."""
+    def _cut_logmels(
+        self,
+        clips: Sequence[tuple[_Table, int]],
+        lengths: np.ndarray,
+        offsets: np.ndarray,
+        rows: Sequence[int],
+        values: np.ndarray,
+    ) -> None:
+        """Crops of stored log-mels into rows of `values`."""
         features, frames = self._source.features, self._source.crop_frames
-        if self._source.index.kind == "logmel":
-            return cut_logmel(content, features, frames)
-        start = features.hop * offset - features.n_fft // 2
-        stop, packed = start + features.crop_samples(frames), packed_as(row)
-        return decode_crop(content, start, stop, length, features.sample_rate, packed)
+        members_of = [table.rows[place] for table, place in clips]
+        begins = np.array([row["offset"] for row in members_of], np.int64)
+        sizes = np.array([row["size"] for row in members_of], np.int64)
+        num_frames = features.num_frames(lengths)
+        starts, stops = crop_spans(begins, sizes, num_frames, offsets, frames, features.n_mels)
+        contents = self._fetched([table.shard for table, _ in clips], starts.tolist(), stops.tolist())
+        for i, content, length in zip(rows, contents, num_frames.tolist(), strict=True):
+            fill_crop(values[i], content, length, features)
+
+    def _decode(
+        self,
+        clips: Sequence[tuple[_Table, int]],
+        padded: np.ndarray,
+        sample_ids: np.ndarray,
+        offsets: np.ndarray,
+        rows: Sequence[int],
+        values: np.ndarray,
+        good: np.ndarray,
+    ) -> None:
+        """Crops of audio into rows of `values`; those of one clip that follow each other are decoded together."""
+        features, num_samples = self._source.features, self._like.shape[0]
+        new = np.ones(len(rows), bool)
+        new[1:] = (np.diff(sample_ids[rows, :2], axis=0) != 0).any(axis=1)
+        firsts = np.flatnonzero(new).tolist()
+        here = [(clips[first][0], clips[first][0].rows[clips[first][1]]) for first in firsts]
+        begins = [int(row["offset"]) for _, row in here]
+        stops = [int(row["offset"] + row["size"]) for _, row in here]
+        contents = self._fetched([table.shard for table, _ in here], begins, stops)
+        for (table, row), content, first, end in zip(here, contents, firsts, [*firsts, len(rows)][1:], strict=True):
+            slots = list(rows[first:end])
+            starts = (features.hop * offsets[slots] - features.n_fft // 2).tolist()
+            length = int(padded[first])
+            try:
+                crops = decode_crops(content, starts, num_samples, length, features.sample_rate, packed_as(row))
+                for slot, crop in zip(slots, crops, strict=True):
+                    values[slot] = crop
+            except BadClip as fault:
+                good[slots] = False
+                self._report(int(sample_ids[slots[0], 1]), table.shard, row, fault)
+
+    def _report(self, clip: int, shard: Shard, row: np.void, fault: BadClip) -> None:
+        if clip not in self._reported:
+            key = row["key"].decode(errors="backslashreplace")
+            log.warning("%s: clip %s: %s; another one stands in for it", shard.location, key, fault)
+        self._reported.add(clip)
+
+    def _fetched(self, shards: Sequence[Shard], starts: Sequence[int], stops: Sequence[int]) -> Iterator[memoryview]:
+        """The bytes [start, stop) of shards in their order, so many at a time that they don't fill the memory."""
+        spans: list[Span] = []
+        num_bytes = 0
+        for shard, start, stop in zip(shards, starts, stops, strict=True):
+            if spans and num_bytes + stop - start > FETCH_BYTES:
+                yield from self._store.fetch(spans)
+                spans, num_bytes = [], 0
+            spans.append(Span(shard.location, shard.bytes, start, stop))
+            num_bytes += stop - start
+        if spans:
+            yield from self._store.fetch(spans)

@@ -31,7 +31,7 @@ import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from msm_dist.config import BatchLayout, Data, Features
-from msm_dist.data.crops import Block, CropReader, Source
+from msm_dist.data.crops import Blocks, CropReader, Source
 from msm_dist.data.index import Index
 from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
 from msm_dist.data.storage import access_of
@@ -210,25 +210,24 @@ def _micro_batches(layout: BatchLayout, rank: int, start_step: int) -> Iterator[
         yield micro_batch_blocks(i, rank, layout.world_size, layout.blocks_per_micro_batch)
 
 
-def _read(source: Source, micro_batches: Iterable[np.ndarray]) -> Iterator[list[Block]]:
+def _read(source: Source, micro_batches: Iterable[np.ndarray]) -> Iterator[Blocks]:
     """Second stage: the blocks, read and filled in."""
     reader = CropReader(source)
     for numbers in micro_batches:
-        yield [reader.block(number) for number in numbers.tolist()]
+        yield reader.blocks(numbers.tolist())
 
 
-def _collate(micro_batches: Iterable[list[Block]]) -> Iterator[Batch]:
+def _collate(micro_batches: Iterable[Blocks]) -> Iterator[Batch]:
     """Third stage: tensors."""
     for blocks in micro_batches:
-        crops = [crop for block in blocks for crop in block.crops]
         yield Batch(
-            crops=torch.from_numpy(np.stack([crop.values for crop in crops])),
-            sample_ids=torch.from_numpy(np.concatenate([block.sample_ids for block in blocks])),
-            blocks=torch.tensor([block.number for block in blocks for _ in block.crops]),
-            offsets=torch.tensor([crop.offset for crop in crops]),
-            keys=[crop.key for crop in crops],
-            num_bad=sum(block.num_bad for block in blocks),
-            num_missing=sum(block.num_missing for block in blocks),
+            crops=torch.from_numpy(blocks.values),
+            sample_ids=torch.from_numpy(blocks.sample_ids),
+            blocks=torch.from_numpy(blocks.numbers),
+            offsets=torch.from_numpy(blocks.offsets),
+            keys=blocks.keys,
+            num_bad=blocks.num_bad,
+            num_missing=blocks.num_missing,
         )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from msm_dist import costs, monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config, stage_conflicts
 from msm_dist.corpus import open_corpus
+from msm_dist.corpus_report import corpus_rows
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.memory import Memory, memory_of
 from msm_dist.model.mae import Decoder, Encoder
@@ -63,16 +64,10 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
     except DataError as error:
         rows.append(("corpus", f"not here: {error}"))
     else:
-        plan = corpus.plan
-        steps = plan.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch
+        steps = corpus.plan.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch
         hours = [f"{mine.seconds.step * steps / 3600:.2f} h an epoch as configured"]
         hours += [f"{choice.seconds.step * steps / 3600:.2f} h as recommended"] * (choice is not None)
-        rows += [
-            ("corpus", f"{plan.num_clips} clips in {len(corpus.index.shards)} shards, {plan.lanes} lanes"),
-            ("epoch", f"{plan.clips_per_epoch} clips = {steps:.2f} steps"),
-            ("length", f"{corpus.total_steps} steps, {corpus.warmup_steps:.0f} of warm-up"),
-            ("", f"predicted: {', '.join(hours)}"),
-        ]
+        rows += [*corpus_rows(cfg, layout, corpus), ("predicted", ", ".join(hours))]
     rows += [
         ("predicted", f"GiB of a rank on {device.name} with {device.memory / GIB:.0f} GiB ({device.source})"),
         ("", f"assumes MFU {costs.MFU} in forward and backward, and nothing overlapped"),

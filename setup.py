@@ -23,9 +23,12 @@ TRAIN = [
     "submitit>=1.5.4",
     "tensorboard>=2.18",
     "matplotlib>=3.8",
+    "urllib3>=2.2",
 ]
 VIDEO = ["torchcodec>=0.12"]
 PARQUET = ["pyarrow>=15.0"]
+S3 = ["s3fs>=2024.6"]
+GCS = ["gcsfs>=2024.6"]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -33,6 +36,10 @@ DEV = [
     "librosa>=0.10.2",
     "ruff>=0.6",
     "setuptools>=77",
+    "s3fs>=2024.6",
+    "moto[s3]>=5.0",
+    "flask>=3.0",
+    "flask-cors>=4.0",
 ]
 
 setup(
@@ -57,6 +64,6 @@ setup(
         "msm_kernels": ["configurations.json"],
     },
     install_requires=BASE,
-    extras_require={"train": TRAIN, "video": VIDEO, "parquet": PARQUET, "dev": DEV},
+    extras_require={"train": TRAIN, "video": VIDEO, "parquet": PARQUET, "s3": S3, "gcs": GCS, "dev": DEV},
     entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},
 )

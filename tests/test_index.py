@@ -97,12 +97,12 @@ def test_unfinished_pack_says_so(tmp_path):
         load_index(str(tmp_path))
 
 
-def test_what_is_no_local_corpus_is_refused(corpus):
+def test_what_is_no_corpus_is_refused(corpus):
     root = str(corpus.root)
     for given, message in [
         ([], "empty"),
-        ("pipe:cat x.tar", "local"),
-        ("https://example.org/a.tar", "local"),
+        ("pipe:cat x.tar", "pipe:"),
+        (["https://example.org/a.tar", f"{root}/noise-000000.tar"], "one folder"),
         (f"{root}/a-{{000..", "unbalanced"),
         ([root, f"{root}/noise-000000.tar"], "tar files only|one folder, or"),
         ([f"{root}/noise-000000.tar", f"{root}/sub/x.tar"], "one folder"),

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from msm_dist.data.storage import Access, Store, is_remote, join, open_store, split
+from msm_dist.data.storage import Access, Span, Store, check_location, is_remote, join, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
 
@@ -32,6 +32,7 @@ REPORT_NAME = "report.json"
 UNFINISHED_NAME = ".pack"
 MEMBERS_SUFFIX = ".members.npy"
 REPORTED_AT_ONCE = 20
+PIECE_BYTES, PIECES_AT_ONCE = 4 * 2**20, 8  # of a remote shard while its digest is taken
 ACCESS = Access()
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ def load_index(shards: str | Sequence[str], access: Access = ACCESS) -> Index:
     order. Raises DataError.
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
+    for text in given:
+        check_location(str(text))
     names = [name for text in given for name in _expand(str(text))]
     if not names:
         raise DataError("data.shards is empty: name a folder made by `msm-dist data pack`")
@@ -178,7 +181,7 @@ def check_shards(
     as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`.
     """
     store = open_store(index.location, access)
-    sizes = [store.size(shard.location) for shard in index.shards]
+    sizes = store.sizes([shard.location for shard in index.shards])
     missing = {number for number, size in enumerate(sizes) if size is None}
     if allow_missing:
         for number, shard in enumerate(index.shards):
@@ -187,7 +190,9 @@ def check_shards(
                 missing.add(number)
     faults = [] if allow_missing else [f"{index.shards[number].location}: missing" for number in sorted(missing)]
     for number, shard in enumerate(index.shards):
-        if number not in missing and (fault := _size_fault(shard, sizes[number]) or _digest_fault(shard, verify)):
+        if number in missing:
+            continue
+        if fault := _size_fault(shard, sizes[number]) or _digest_fault(shard, verify, store):
             faults.append(fault)
     if faults:
         remedy = "copy the shards again, or pack them again"
@@ -209,6 +214,8 @@ def members(shard: Shard, store: Store | None = None) -> np.ndarray:
     """The shard's clips: a structured array [clips] of MEMBER_FIELDS and key. Raises DataError."""
     path = shard.members_location
     remedy = f"write it again with `msm-dist data index {split(path)[0]}/*.tar`"
+    if is_remote(path):
+        remedy = f"upload {split(path)[1]} and {INDEX_NAME} again, from the same `msm-dist data pack`"
     try:
         content = (store or open_store(path, ACCESS)).read(path)
     except OSError as error:
@@ -358,7 +365,7 @@ def _select(names: Sequence[str], store: Store) -> Index:
     if unknown := sorted(wanted - {shard.name for shard in index.shards}):
         raise DataError(
             f"{join(index.location, INDEX_NAME)} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars in "
-            f"data.shards); index them with `msm-dist data index {index.location}/*.tar`"
+            "data.shards); index them with `msm-dist data index FOLDER/*.tar`"
         )
     shards = tuple(shard for shard in index.shards if shard.name in wanted)
     tables = [members(shard, store) for shard in shards]
@@ -369,10 +376,24 @@ def _size_fault(shard: Shard, size: int) -> str | None:
     return None if size == shard.bytes else f"{shard.location}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
 
 
-def _digest_fault(shard: Shard, verify: Literal["size", "digest"]) -> str | None:
-    if verify == "size" or (digest := file_sha256(shard.path)) == shard.sha256:
+def _digest_fault(shard: Shard, verify: Literal["size", "digest"], store: Store | None = None) -> str | None:
+    if verify == "size":
         return None
-    return f"{shard.location}: sha256 {digest}, {INDEX_NAME} says {shard.sha256}"
+    digest = _streamed_sha256(shard, store) if is_remote(shard.location) else file_sha256(shard.path)
+    return None if digest == shard.sha256 else f"{shard.location}: sha256 {digest}, {INDEX_NAME} says {shard.sha256}"
+
+
+def _streamed_sha256(shard: Shard, store: Store) -> str:
+    """sha256 of a remote shard, PIECES_AT_ONCE pieces in memory at a time."""
+    digest = hashlib.sha256()
+    pieces = [
+        Span(shard.location, shard.bytes, start, min(start + PIECE_BYTES, shard.bytes))
+        for start in range(0, shard.bytes, PIECE_BYTES)
+    ]
+    for group in (pieces[i : i + PIECES_AT_ONCE] for i in range(0, len(pieces), PIECES_AT_ONCE)):
+        for content in store.fetch(group):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _parse_table(content: bytes) -> np.ndarray | None:
@@ -403,7 +424,5 @@ def _absent(root: str) -> str:
 
 
 def _invalid(root: str, faults: Sequence[str]) -> str:
-    return (
-        f"{join(root, INDEX_NAME)}: not a valid shard index; write it again with "
-        f"`msm-dist data index {root}/*.tar`:\n{listed(faults)}"
-    )
+    remedy = "upload it again" if is_remote(root) else f"write it again with `msm-dist data index {root}/*.tar`"
+    return f"{join(root, INDEX_NAME)}: not a valid shard index; {remedy}:\n{listed(faults)}"

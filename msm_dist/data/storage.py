@@ -4,6 +4,9 @@ In: locations, each a local path or a URL, and ranges of bytes in them. Out: tho
 process and is made in it: loader workers are forked, and neither connections nor locks may be shared. Fails with
 FileNotFoundError where there is no such file, with DataError on a file of another size than the index says, and on
 one that still can't be read after retries.
+
+    LocalFiles            paths: memory-mapped
+    remote.RemoteFiles    URLs: parallel requests, retried; made by http_transport (http, https) or fsspec_transport
 """
 
 import itertools
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
+from urllib.parse import quote, unquote, urlsplit
 
 from msm_dist.config import Data
 from msm_dist.errors import DataError
@@ -48,8 +52,8 @@ class Span(NamedTuple):
 class Store(Protocol):
     """What the stores of this module can do."""
 
-    def size(self, location: str) -> int | None:
-        """Bytes of a file, None where there is none."""
+    def sizes(self, locations: Sequence[str]) -> list[int | None]:
+        """Bytes of files, None where there is none."""
 
     def read(self, location: str) -> bytes:
         """A whole, small file. Raises FileNotFoundError."""
@@ -65,22 +69,57 @@ def is_remote(location: str) -> bool:
 
 def join(location: str, name: str) -> str:
     """A file in a folder."""
-    return f"{location.rstrip('/')}/{name}" if is_remote(location) else str(Path(location) / name)
+    if not is_remote(location):
+        return str(Path(location) / name)
+    return f"{location.rstrip('/')}/{quote(name) if _is_http(location) else name}"
 
 
 def split(location: str) -> tuple[str, str]:
     """The folder of a file, and its name."""
-    if is_remote(location):
-        folder, _, name = location.rpartition("/")
-        return folder, name
-    return str(Path(location).parent), Path(location).name
+    if not is_remote(location):
+        return str(Path(location).parent), Path(location).name
+    folder, _, name = location.rpartition("/")
+    return folder, unquote(name) if _is_http(location) else name
+
+
+def check_location(location: str) -> None:
+    """Raise DataError for a URL that carries a password or a query: it would be shown, and kept in the run folder."""
+    if not is_remote(location) or location.startswith("pipe:"):
+        return
+    parts = urlsplit(location)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc:
+        raise DataError(
+            f"data.shards = {shown}: its URL holds a user name; leave it out and name user and password in ~/.netrc "
+            "(or the file that NETRC names), or use the environment variables of the store's own library"
+        )
+    if parts.query or parts.fragment:
+        raise DataError(
+            f"data.shards = {shown}: its URL has a query or fragment behind the path, which would not hold for the "
+            "other files of the corpus; give the bare URL, and access by ~/.netrc or by s3://, gs:// or abfs:// with "
+            "credentials in the environment"
+        )
 
 
 def open_store(location: str, access: Access) -> Store:
     """The store for files below `location`. Raises DataError for a kind of URL that there is none for."""
-    if is_remote(location):
-        raise DataError(f"data.shards = {location}: must be a local folder or local tar files; copy the shards here")
-    return LocalFiles()
+    if not is_remote(location):
+        return LocalFiles()
+    check_location(location)
+    if location.startswith("pipe:"):
+        raise DataError(
+            "data.shards = pipe:...: a command's output has neither a length nor an offset, so a crop would cost a "
+            "whole shard; copy the shards to a disk, or serve them by http, s3 or gs"
+        )
+    from msm_dist.data.remote import RemoteFiles
+
+    if _is_http(location):
+        from msm_dist.data.http_transport import HttpTransport
+
+        return RemoteFiles(HttpTransport(location, access), access)
+    from msm_dist.data.fsspec_transport import FsspecTransport
+
+    return RemoteFiles(FsspecTransport(location, access), access)
 
 
 class LocalFiles:
@@ -89,10 +128,9 @@ class LocalFiles:
     def __init__(self) -> None:
         self._mapped = lru_cache(MAX_OPEN_FILES)(_map)
 
-    def size(self, location: str) -> int | None:
-        """Bytes of a file, None where there is none."""
-        path = Path(location)
-        return path.stat().st_size if path.is_file() else None
+    def sizes(self, locations: Sequence[str]) -> list[int | None]:
+        """Bytes of files, None where there is none."""
+        return [path.stat().st_size if path.is_file() else None for path in map(Path, locations)]
 
     def read(self, location: str) -> bytes:
         """A whole, small file. Raises FileNotFoundError, OSError."""
@@ -116,6 +154,10 @@ def check_size(location: str, found: int, expected: int) -> None:
             f"{location}: {found} bytes, its index says {expected}; restore it and start again: the run "
             "continues from its last checkpoint"
         )
+
+
+def _is_http(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
 
 
 def _map(location: str, size: int) -> mmap.mmap:

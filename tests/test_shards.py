@@ -12,8 +12,9 @@ import pytest
 from msm_dist.config import Features
 from msm_dist.data.audio import decode, to_int16
 from msm_dist.data.index import file_sha256, load_index, members, write_members
-from msm_dist.data.shards import index_shards, measure_shards, verify_shards
+from msm_dist.data.shards import index_shards, measure_shards
 from msm_dist.data.stats import LogMelMeter, combine
+from msm_dist.data.verify import verify_shards
 from msm_dist.errors import DataError
 from tests.audio_files import bad_files, encode, noise
 from tests.shards import damage_clip

@@ -1,8 +1,8 @@
-"""Work on whole shards: index tars from elsewhere, verify a corpus, measure its statistics.
+"""Work on whole shards: index tars from elsewhere, measure a corpus' statistics.
 
 In: webdataset tars of mixed codecs and rates, keys with folders, any other members. Members are found by
-their offset and read there; nothing is extracted. Out: sidecars, index.json, report.json; or the faults
-found. Fails with DataError naming the tar.
+their offset and read there; nothing is extracted. Out: sidecars, index.json, report.json. Fails with DataError naming
+the tar.
 """
 
 import mmap
@@ -27,7 +27,6 @@ from msm_dist.data.index import (
     load_index,
     member_table,
     members,
-    shard_fault,
     write_index,
     write_members,
 )
@@ -81,18 +80,6 @@ def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, pr
     write_report(root, {"clips": index.num_clips, "seconds": index.seconds}, left_out)
     write_index(index)
     return index
-
-
-def verify_shards(index: Index, decode_clips: bool, workers: int = 1, progress: Progress = quiet) -> list[str]:
-    """Compare every shard with the index: size, sha256, sidecar and, if asked, that each clip decodes.
-
-    Returns the faults, each naming its file, in the order of the index.
-    """
-    faults = {}
-    for name, found in run_tasks(_verify_shard, [(shard, decode_clips) for shard in index.shards], workers):
-        faults[name] = found
-        progress("verifying", len(faults), len(index.shards))
-    return [fault for shard in index.shards for fault in faults[shard.name]]
 
 
 def measure_shards(index: Index, features: Features, workers: int = 1, progress: Progress = quiet) -> Index:
@@ -209,31 +196,6 @@ def _write_sidecar(scan: _Scanned) -> Shard:
     path = scan.path
     digest = write_members(path.with_suffix(".members.npy"), member_table(scan.rows))
     return Shard(path.name, len(scan.rows), path.stat().st_size, file_sha256(path), digest, str(path))
-
-
-def _verify_shard(task: tuple[Shard, bool]) -> tuple[str, list[str]]:
-    shard, decode_clips = task
-    try:
-        if fault := shard_fault(shard, "digest"):
-            return shard.name, [fault]
-        table = members(shard)
-    except FileNotFoundError:
-        return shard.name, [f"{shard.path}: missing"]
-    except DataError as error:
-        return shard.name, [str(error)]
-    return shard.name, list(_clip_faults(shard, table)) if decode_clips else []
-
-
-def _clip_faults(shard: Shard, table: np.ndarray) -> Iterator[str]:
-    for row, encoded in _clips(shard, table):
-        name = f"{shard.path}: {row['key'].decode(errors='replace')}"
-        try:
-            samples = len(decode(encoded, int(row["rate"])))
-        except BadClip as error:
-            yield f"{name}: {error}"
-            continue
-        if samples != row["samples"]:
-            yield f"{name}: {samples} samples, its sidecar says {row['samples']}"
 
 
 def _measure_shard(task: tuple[Shard, Features]) -> tuple[str, np.ndarray]:

@@ -1,0 +1,67 @@
+"""Verifying a corpus: what is compared, and that names are found however a tar writes them."""
+
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from msm_dist.config import Features
+from msm_dist.data.index import file_sha256, load_index, member_table, members, write_index, write_members
+from msm_dist.data.shards import index_shards
+from msm_dist.data.verify import verify_shards
+from msm_dist.errors import DataError
+from tests.audio_files import encode, noise
+from tests.test_data_commands import run
+from tests.test_shards import write_tar
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("twice", [False, True])
+def test_names_short_long_and_foreign_agree_with_the_sidecar(tmp_path, form, twice):
+    files = {"plain.flac": encode(noise(4000)), "00/in.folder.wav": encode(noise(5000), "wav")}
+    if form != tarfile.USTAR_FORMAT:
+        files |= {
+            "long" * 40 + ".flac": encode(noise(6000)),
+            "chouette-hulotte-\u00e9t\u00e9.ogg": encode(noise(7000), "ogg"),
+        }
+    tars = [write_tar(tmp_path / f"{name}.tar", files, format=form) for name in ("a", "b")[: 1 + twice]]
+    index = index_shards(tars, Features())
+    assert index.num_clips == len(files) * (1 + twice)
+    assert verify_shards(index, decode_clips=True) == []
+
+
+def test_a_sidecar_that_points_at_another_clip_is_found(tmp_path):
+    files = {f"clip{i}.flac": encode(noise(4000, i)) for i in range(4)}
+    index = index_shards([write_tar(tmp_path / "a.tar", files)], Features())
+    table = members(index.shards[0]).copy()
+    for name in ("offset", "size"):
+        table[name][[1, 2]] = table[name][[2, 1]]
+    digest = write_members(index.shards[0].members_path, member_table(table.tolist()))
+    write_index(replace(index, shards=(replace(index.shards[0], members_sha256=digest),)))
+    faults = verify_shards(load_index(str(tmp_path)), decode_clips=False)
+    assert [fault.split(": ")[1] for fault in faults] == ["clip1", "clip2"]
+    assert all("which its tar does not" in fault for fault in faults)
+
+
+def test_every_flipped_byte_of_a_shard_is_found(tmp_path):
+    index = index_shards([write_tar(tmp_path / "a.tar", {"a.wav": encode(noise(4000), "wav")})], Features())
+    shard = index.shards[0]
+    content = shard.path.read_bytes()
+    for place in np.linspace(0, len(content) - 1, 40).astype(int).tolist():
+        shard.path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        (fault,) = verify_shards(index, decode_clips=False)
+        assert "sha256" in fault
+    shard.path.write_bytes(content)
+    assert file_sha256(shard.path) == shard.sha256 and verify_shards(index, decode_clips=False) == []
+
+
+def test_the_command_says_what_it_compared_and_how_fast(tmp_path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(8000))})
+    index_shards(sorted(tmp_path.glob("*.tar")), Features())
+    output = run("verify", tmp_path, "--workers", 1)
+    assert "sizes, digests, tables of clips, the header of every clip" in output and "MB/s" in output
+    (tmp_path / "b.tar").unlink()
+    with pytest.raises(DataError, match="1 faults(.|\n)*b.tar: missing"):
+        run("verify", tmp_path, "--workers", 1)

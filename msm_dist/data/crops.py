@@ -19,7 +19,8 @@ from msm_dist.data.audio import BadClip, Packed, decode_crops, num_target_sample
 from msm_dist.data.index import Index, Shard, members
 from msm_dist.data.logmel import check_rows, crop_spans, fill_crop
 from msm_dist.data.plan import Plan, crop_offset, fill_block
-from msm_dist.data.storage import Access, Span, open_store
+from msm_dist.data.storage import Access, Span
+from msm_dist.data.stores import FolderStores
 from msm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class CropReader:
 
     def __init__(self, source: Source):
         self._source = source
-        self._store = open_store(source.index.location, source.access)
+        self._store = FolderStores(source.access)
         self._table = lru_cache(MAX_TABLES)(self._load)
         self._missing = np.array(sorted(source.missing), np.int64)
         self._like = no_crop(source.index.kind, source.features, source.crop_frames)

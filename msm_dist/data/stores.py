@@ -1,0 +1,55 @@
+"""The stores of a corpus whose files lie in several places: a local disk and a web server, say.
+
+In: locations, each in the folder of one of its sources. Out: what the store of that folder gives; it is opened when
+the first file of the folder is asked for. Like any store it belongs to the process that made it. Fails as those do.
+"""
+
+from collections.abc import Sequence
+
+from msm_dist.data.storage import Access, Span, Store, open_store, split
+
+
+class FolderStores:
+    """A store that hands every file to the one of its folder."""
+
+    def __init__(self, access: Access):
+        self._access = access
+        self._stores: dict[str, Store] = {}
+
+    def sizes(self, locations: Sequence[str]) -> list[int | None]:
+        """Bytes of files, None where there is none."""
+        found: list[int | None] = [None] * len(locations)
+        for store, places in self._grouped(locations):
+            for place, size in zip(places, store.sizes([locations[place] for place in places]), strict=True):
+                found[place] = size
+        return found
+
+    def read(self, location: str) -> bytes:
+        """A whole, small file. Raises FileNotFoundError, OSError."""
+        return self._of(location).read(location)
+
+    def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
+        """The bytes of spans, in their order. Raises DataError."""
+        found: list[memoryview | None] = [None] * len(spans)
+        for store, places in self._grouped([span.location for span in spans]):
+            for place, content in zip(places, store.fetch([spans[place] for place in places]), strict=True):
+                found[place] = content
+        return found
+
+    def _grouped(self, locations: Sequence[str]) -> list[tuple[Store, list[int]]]:
+        """Which of the locations each store has, by their places in the list."""
+        places: dict[str, list[int]] = {}
+        for place, location in enumerate(locations):
+            places.setdefault(_folder(location), []).append(place)
+        return [(self._of(locations[here[0]]), here) for here in places.values()]
+
+    def _of(self, location: str) -> Store:
+        folder = _folder(location)
+        if folder not in self._stores:
+            self._stores[folder] = open_store(split(location)[0], self._access)
+        return self._stores[folder]
+
+
+def _folder(location: str) -> str:
+    """The same for all files of a folder; this is done for every crop."""
+    return location.rpartition("/")[0]

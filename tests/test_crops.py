@@ -172,4 +172,5 @@ def test_few_shards_are_open_at_a_time_without_a_difference(index, monkeypatch):
     for n in range(20):
         block = reader.blocks([n])
         np.testing.assert_array_equal(block.values, expected[n].values)
-        assert reader._store._mapped.cache_info().currsize == 1
+        (store,) = reader._store._stores.values()
+        assert store._mapped.cache_info().currsize == 1

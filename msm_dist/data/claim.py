@@ -1,0 +1,64 @@
+"""An output folder that belongs to one command's output: killed, the same command continues; no other may write there.
+
+In: a folder, and as a JSON object what must be equal for its content to be continued. Out: the folder, held by a lock
+that ends with the process. Fails with ConfigError where it holds something else.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from msm_dist.data.index import INDEX_NAME
+from msm_dist.errors import ConfigError
+
+SETTINGS_NAME = "pack.json"
+
+
+@contextmanager
+def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Hold `out`, made if need be, for this process alone. Raises ConfigError if it belongs to another output."""
+    path = out / SETTINGS_NAME
+    if not path.exists() and ((out / INDEX_NAME).exists() or any(out.glob("*.tar"))):
+        raise ConfigError(f"{out}: holds shards that were not packed by this command; choose another output folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        _lock(file, out)
+        file.seek(0)
+        if content := file.read():
+            _compare(content, identity, out)
+        else:
+            file.write(json.dumps(identity, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        yield
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    """File systems that know no locks go without."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{out}: another pack is writing here; wait for it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
+def _compare(content: str, identity: dict[str, Any], out: Path) -> None:
+    try:
+        earlier = json.loads(content)
+        different = {name: earlier.get(name) for name in identity if earlier.get(name) != identity[name]}
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{out / SETTINGS_NAME}: is damaged; remove {out} or choose another output folder") from None
+    if different:
+        faults = [f"{name} was {was}, is {identity[name]}" for name, was in different.items() if name != "inputs"]
+        faults += ["audio files or labels differ"] if "inputs" in different else []
+        raise ConfigError(
+            f"{out}: was packed from other inputs or settings ({'; '.join(faults)}); choose another output "
+            "folder, or remove this one"
+        )

@@ -68,7 +68,8 @@ def settings(index, micro_batch=8, **changes) -> Config:
 
 
 def open_validation(cfg, index, world=None, mel_mean=MEL_MEAN):
-    corpus = SimpleNamespace(index=replace(index, mel_mean=mel_mean), features=cfg.features)
+    index = replace(index, mel_mean=mel_mean)
+    corpus = SimpleNamespace(index=index, sources=(index,), features=cfg.features)
     return Validation.open(cfg, corpus, LogMel(cfg.features), world or FakeWorld())
 
 

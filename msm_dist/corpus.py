@@ -8,7 +8,7 @@ shards of all, its plan mixes theirs, its statistics are those of the mixture th
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -96,6 +96,34 @@ def plan_identity(corpus: Corpus) -> dict[str, Any]:
         identity["mix_digests"] = [source.digest for source in corpus.sources]
         identity["mix_places"] = list(corpus.plan.places)
     return identity
+
+
+def corpus_identity(corpus: Corpus) -> list[dict[str, Any]]:
+    """What is trained on, for those who get the weights: plain JSON values for each source.
+
+    Its folder's name (never the path), kind, shards, clips, seconds, digest, share of what is served, shards that were
+    missing at this start, the digest of the audio behind stored log-mels, and how much of a published collection it is.
+    """
+    shares = corpus.plan.shares if isinstance(corpus.plan, MixedPlan) else (1.0,)
+    identities, first = [], 0
+    for source, share in zip(corpus.sources, shares, strict=True):
+        numbers = range(first, first + len(source.shards))
+        first = numbers.stop
+        identities.append(
+            {
+                "name": split(source.location)[1],
+                "kind": source.kind,
+                "shards": len(source.shards),
+                "clips": source.num_clips,
+                "seconds": source.seconds,
+                "digest": source.digest,
+                "share": share,
+                "missing_shards": len(corpus.missing.intersection(numbers)),
+                "made_from": source.made_from,
+                "official": source.official and asdict(source.official),
+            }
+        )
+    return identities
 
 
 def _open_sources(data: Data) -> tuple[tuple[Index, ...], set[int]]:

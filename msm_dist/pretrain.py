@@ -23,7 +23,7 @@ import torch
 
 from msm_dist import extension, monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
-from msm_dist.corpus import Corpus, check_digests, open_corpus, plan_identity
+from msm_dist.corpus import Corpus, check_digests, corpus_identity, open_corpus, plan_identity
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
@@ -277,6 +277,7 @@ def save(run: Training, complete: bool = False) -> None:
         "missing_samples": int(missing_samples),
         "mean": run.corpus.features.mean,
         "std": run.corpus.features.std,
+        "corpus": corpus_identity(run.corpus),
     }
     run.saver.begin(run.engine, run.step, extra, run.monitor.sync)
     if complete:
@@ -289,6 +290,7 @@ def finish(run: Training) -> None:
     # Every rank takes part; one keeps them.
     weights = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
     origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
+    origin["corpus"] = corpus_identity(run.corpus)
     # How they were trained is no property of the weights.
     model = cfg.model.model_copy(update={"backend": "auto", "activation_checkpointing": False})
     info = WeightsInfo(model, run.corpus.features, cfg.data.crop_frames, origin)

@@ -35,6 +35,11 @@ def announcement(
             f"{source.seconds / 3600:.2f} h"
             for source, share in zip(corpus.sources, corpus.plan.shares, strict=True)
         ]
+    if official := corpus.index.official:
+        lines.append(
+            f"official   {official.found:,} of {official.clips:,} clips of {', '.join(official.tables)} "
+            f"(manifest {official.manifest[:12]})"
+        )
     lines += [f"note       {note}" for note in (*attention_notes(cfg, world.device), *notes)]
     if corpus.missing:
         lines.append(f"missing    {len(corpus.missing)} of {len(corpus.index.shards)} shards; their slots are filled")

@@ -16,6 +16,7 @@ from msm_dist.data.audio import BadClip, Packed, decode_crop, probe
 from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.index import (
     Index,
+    Official,
     Shard,
     check_shards,
     file_sha256,
@@ -60,6 +61,8 @@ class BrokenRuns(Runs):
             samples = (sound[:LONGEST] * 32767).astype(np.int16)
             write_audio(folder / "audio" / f"clip{number:04d}.flac", samples)
         index = pack(folder / "audio", folder / "whole", PackSettings(shard_clips=SHARD_CLIPS, name="clips"))
+        index = replace(index, official=Official(("own_segments.csv",), 2 * CLIPS, CLIPS, "5" * 64))
+        write_index(index)
         self.whole = index
         self.broken = load_index(str(shutil.copytree(folder / "whole", folder / "broken")))
         of_shard = np.arange(CLIPS) // SHARD_CLIPS
@@ -98,6 +101,7 @@ def test_a_corpus_of_broken_clips_and_shards_trains_to_the_end_in_its_order(runs
     name = "broken"
     output = runs.train_on(name, runs.broken)
     assert "missing    2 of 10 shards" in output
+    assert "official   600 of 1,200 clips of own_segments.csv (manifest 555555555555)" in output
     served, whole = runs.trace(name), runs.trace("whole")
     assert len(served) == len(whole) == STEPS * BATCH
     lost = runs.bad | runs.missing
@@ -136,6 +140,19 @@ def test_ranks_and_workers_do_not_change_what_a_broken_corpus_gives(runs):
         assert workers or len(named) == len(runs.bad), "a process names a clip once"
     assert runs.trace("one") == runs.trace("workers") == runs.trace("ranks")
     assert runs.counts("one") == runs.counts("workers") == runs.counts("ranks")
+
+
+@pytest.mark.distributed
+def test_checkpoint_and_export_say_what_was_trained_on(runs):
+    meta = json.loads(runs.last_checkpoint("broken")["meta.json"])
+    exported = json.loads((runs.folder / "broken" / "export" / "config.json").read_text())
+    (source,) = meta["corpus"]
+    assert exported["origin"]["corpus"] == meta["corpus"]
+    assert (source["name"], source["kind"], source["missing_shards"], source["shards"]) == ("broken", "audio", 2, 10)
+    assert (source["clips"], source["digest"], source["share"]) == (CLIPS, runs.whole.digest, 1.0)
+    tables = {"tables": ["own_segments.csv"], "clips": 2 * CLIPS, "found": CLIPS, "manifest": "5" * 64}
+    assert source["official"] == tables
+    assert str(runs.folder) not in json.dumps(meta["corpus"]), "weights are given away, folders are not"
 
 
 @pytest.mark.distributed

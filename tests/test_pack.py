@@ -225,7 +225,7 @@ def audioset(source, tmp_path) -> PackSettings:
     ]
     (tmp_path / "segments.csv").write_text("\n".join(["# YTID, start_seconds, end_seconds, labels", *rows]))
     (tmp_path / "classes.csv").write_text("index,mid,display_name\n0,/m/cat,Cat\n1,/m/dog,Dog\n")
-    return replace(SETTINGS, csv=tmp_path / "segments.csv", labels=tmp_path / "classes.csv")
+    return replace(SETTINGS, csv=(tmp_path / "segments.csv",), labels=tmp_path / "classes.csv")
 
 
 def test_audioset_csv_selects_and_labels(source, tmp_path, audioset):

@@ -1,20 +1,30 @@
 """AudioSet's tables: which clip has which labels, and which audio file is which clip.
 
-In: a segments CSV (`YTID, start_seconds, end_seconds, "label,label"` after '#' comments), the class list
-(`index,mid,display_name`), names of audio files. Out: clip records by name of file. Fails with DataError that
-names the line.
+In: segments CSVs (`YTID, start_seconds, end_seconds, "label,label"` after '#' comments), the class list
+(`index,mid,display_name`), names of audio files. Out: clip records by name of file; how much of the tables is there.
+Fails with DataError that names the line.
 """
 
 import csv
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from msm_dist.data.index import Index, Official
 from msm_dist.errors import DataError
 
 SEGMENT_COLUMNS = 'YTID, start_seconds, end_seconds, "label,label"'
 CLASS_COLUMNS = ["index", "mid", "display_name"]
+EVALUATION_NAME = "eval_segments.csv"
+OFFICIAL_NAMES = {"balanced_train_segments.csv", "unbalanced_train_segments.csv", EVALUATION_NAME}
+USUAL_MEAN, USUAL_STD = -7.1, 4.2
+MEAN_TOLERANCE, STD_TOLERANCE = 1.0, 0.5
+"""Of the log-mel of AudioSet with the recipe's front end: farther off, something was done to the audio."""
+START_TOLERANCE_SECONDS = 1.0
+"""Between the start in a file's name and the table's: names round."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,72 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """What is wanted: the clips of all tables by YTID, and the YTIDs of the evaluation that are to be left out.
+
+    `names` are those of the files; `tells_evaluation` says whether evaluation clips could be told from others.
+    """
+
+    segments: dict[str, Segment]
+    evaluation: frozenset[str]
+    names: tuple[str, ...]
+    tells_evaluation: bool
+
+
+@dataclass(frozen=True)
 class Matches:
-    """Files that are clips of the table, files of a clip that another file has already, the rest of both."""
+    """Files that are clips of the table, files of a clip that another file has already, the rest of both.
+
+    `other_segments` are files of a listed video whose name says another start; `evaluation` those to be left out.
+    """
 
     segments: dict[str, Segment]
     duplicates: tuple[str, ...]
+    other_segments: tuple[str, ...]
+    evaluation: tuple[str, ...]
     num_unlisted: int
     num_absent: int
+
+
+def read_tables(csvs: Sequence[Path], eval_csv: Path | None, keep_evaluation: bool) -> Tables:
+    """All rows of `csvs`, and which clips are evaluation: listed by `eval_csv` or the one beside the others.
+
+    An evaluation table among `csvs` asks for its clips, and so does `keep_evaluation`. Raises DataError.
+    """
+    segments: dict[str, Segment] = {}
+    for path in csvs:
+        for segment in read_segments(path):
+            if segments.setdefault(segment.ytid, segment) != segment:
+                raise DataError(f"{path}: {segment.ytid} has another time or other labels than in a table before it")
+    beside = [path.parent / EVALUATION_NAME for path in csvs if (path.parent / EVALUATION_NAME).is_file()]
+    table = eval_csv or next(iter(beside), None)
+    asked_for = keep_evaluation or any(path.name == EVALUATION_NAME or path == eval_csv for path in csvs)
+    evaluation = frozenset(s.ytid for s in read_segments(table)) if table and not asked_for else frozenset()
+    tells = asked_for or bool(table) or bool(csvs)
+    return Tables(segments, evaluation, tuple(path.name for path in csvs), tells)
+
+
+def official(tables: Tables, ytids: Iterable[str]) -> Official | None:
+    """How much of the tables' clips are among `ytids`; None without a table."""
+    if not tables.segments:
+        return None
+    found = sorted(tables.segments.keys() & set(ytids))
+    manifest = hashlib.sha256("".join(f"{ytid}\n" for ytid in found).encode()).hexdigest()
+    return Official(tables.names, len(tables.segments), len(found), manifest)
+
+
+def unusual(index: Index, recipe: dict[str, object]) -> str | None:
+    """A sentence where statistics are far from AudioSet's although its own tables were packed; `recipe`: front end."""
+    tables = index.official.tables if index.official else ()
+    if index.mean is None or index.features != recipe or not OFFICIAL_NAMES & set(tables):
+        return None
+    if abs(index.mean - USUAL_MEAN) <= MEAN_TOLERANCE and abs(index.std - USUAL_STD) <= STD_TOLERANCE:
+        return None
+    return (
+        f"the log-mel has mean {index.mean:.2f} and std {index.std:.2f}, AudioSet's are about {USUAL_MEAN} and "
+        f"{USUAL_STD} (farther than {MEAN_TOLERANCE:g} and {STD_TOLERANCE:g}): was its level or bandwidth changed, or "
+        "is only a part of it there?"
+    )
 
 
 def read_segments(path: Path) -> list[Segment]:
@@ -77,30 +146,61 @@ def check_labels(segments: Iterable[Segment], names: dict[str, str], source: Pat
             raise DataError(f"{segment.ytid} has the label {unknown[0]!r}, which {source} lacks; is it the right list?")
 
 
-def match_files(files: Iterable[str], segments: Iterable[Segment]) -> Matches:
-    """Find each file's row by its name: the YTID, also after a Y and before _start or _start_end."""
+def match_files(
+    files: Iterable[str], segments: Iterable[Segment], evaluation: AbstractSet[str] = frozenset()
+) -> Matches:
+    """Find each file's row by its name: the YTID, also after a Y and before _start or _start_end, in s or ms."""
     by_ytid = {segment.ytid: segment for segment in segments}
     matched: dict[str, Segment] = {}
-    duplicates, num_unlisted = [], 0
+    duplicates, other_segments, held_out, num_unlisted = [], [], [], 0
     taken = set()
+    known = by_ytid.keys() | evaluation
     for file in sorted(files):
-        ytid = next((name for name in _identifiers(PurePosixPath(file).stem) if name in by_ytid), None)
+        ytid, start = find_ytid(PurePosixPath(file).stem, known)
         if ytid is None:
             num_unlisted += 1
+        elif ytid in evaluation:
+            held_out.append(file)
+        elif start is not None and not _is_start(start, by_ytid[ytid]):
+            other_segments.append(file)
         elif ytid in taken:
             duplicates.append(file)
         else:
             taken.add(ytid)
             matched[file] = by_ytid[ytid]
-    return Matches(matched, tuple(duplicates), num_unlisted, len(by_ytid) - len(matched))
+    left_out = (tuple(duplicates), tuple(other_segments), tuple(held_out))
+    return Matches(matched, *left_out, num_unlisted, len(by_ytid) - len(matched))
 
 
-def _identifiers(stem: str) -> Iterator[str]:
-    """What `stem` may mean, the most literal first: a YTID may itself begin with Y or end in digits."""
-    for pattern in ("", r"_[0-9.]+$", r"_[0-9.]+_[0-9.]+$"):
-        name = re.sub(pattern, "", stem) if pattern else stem
-        yield name
-        yield name.removeprefix("Y")
+def find_ytid(stem: str, known: AbstractSet[str] | dict[str, Segment]) -> tuple[str | None, float | None]:
+    """The known YTID that `stem` may mean, and the start it names, as written; the most literal reading first.
+
+    A YTID may itself begin with Y or end in digits.
+    """
+    for pattern in (r"()", r"_([0-9.]+)", r"_([0-9.]+)_[0-9.]+"):
+        if found := re.fullmatch(rf"(.+?){pattern}", stem):
+            start = _number(found[2])
+            for name in (found[1], found[1].removeprefix("Y")):
+                if name in known:
+                    return name, start
+    return None, None
+
+
+def looks_official(file: str) -> bool:
+    """Whether a file is named as AudioSet's are: 11 letters and digits of a YTID, perhaps with a start and an end."""
+    return bool(re.fullmatch(r"Y?[A-Za-z0-9_-]{11}(_[0-9.]+){0,2}", PurePosixPath(file).stem))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_start(start: float, segment: Segment) -> bool:
+    """Whether a start, in s or ms, is the segment's."""
+    return any(abs(value - segment.start_seconds) <= START_TOLERANCE_SECONDS for value in (start, start / 1000))
 
 
 def _segment(row: list[str]) -> Segment | None:

@@ -1,8 +1,8 @@
 """A folder of audio -> the clips that packing will write, and the files it will leave out with their reasons.
 
-In: wav, flac, ogg and mp3 files of any rate, channel count and depth of folders, optionally an AudioSet CSV.
-Out: clips in order of file and time, with keys that are unique and safe in a webdataset tar. Only headers are
-read. Fails with DataError where there is no audio, or none that the CSV lists.
+In: audio and video files of any rate, channel count and depth of folders, optionally AudioSet's tables. Out: clips in
+order of file and time, with keys that are unique and safe in a webdataset tar. Only headers are read. Fails with
+DataError where there is no audio, or none that the tables list.
 """
 
 import hashlib
@@ -12,19 +12,20 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from msm_dist.config import Features
-from msm_dist.data import audioset
-from msm_dist.data.audio import BadClip, decode_span, num_target_samples, probe
-from msm_dist.data.index import REPORT_NAME
+from msm_dist.data import audioset, containers
+from msm_dist.data.audio import BadClip
+from msm_dist.data.index import INDEX_NAME, REPORT_NAME
+from msm_dist.data.media import SUFFIXES, check_length, probe, read_span
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
 MIN_TAIL_SECONDS = 1.0
 MAX_STEM = 72  # with digest, start and suffix a member's name stays within the 100 bytes of a plain tar header
 FILES_PER_TASK = 256
@@ -58,6 +59,7 @@ class Clip:
     stop: int
     labels: tuple[str, ...]
     names: tuple[str, ...]
+    ytid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class LeftOut:
 class ClipList(NamedTuple):
     """Clips to write, files left out, and counts for the report."""
 
-    clips: list[Clip]
+    clips: list[Any]
+    """Clip; Row (parquet.py) where the source is Parquet."""
     left_out: list[LeftOut]
     counts: dict[str, int]
 
@@ -87,52 +90,65 @@ class _Scan(NamedTuple):
 
 def list_clips(
     source: Path,
-    csv: Path | None,
-    labels: Path | None,
+    tables: audioset.Tables,
+    names: dict[str, str],
     segment_seconds: float,
     features: Features,
     workers: int,
     progress: Progress,
 ) -> ClipList:
-    """Every clip of `source`, long recordings cut; with a CSV only the files it lists. Raises DataError."""
+    """Every clip of `source`, long recordings cut; with tables only the files they list. Raises DataError.
+
+    `names` are the display names of labels. Of a recording that is longer than a clip and listed, such as a whole
+    video, only the listed segment is a clip: its labels hold for that alone.
+    """
     files = find_audio(source)
-    counts = {"files": len(files)}
-    left_out: list[LeftOut] = []
-    segments: dict[str, audioset.Segment] = {}
-    names: dict[str, str] = {}
-    if csv:
-        matches = _match(source, files, csv)
-        segments, files = matches.segments, list(matches.segments)
-        left_out += [LeftOut(f, 0.0, "duplicate", "another file is the same clip") for f in matches.duplicates]
-        counts |= {"files_not_in_csv": matches.num_unlisted, "csv_clips_without_file": matches.num_absent}
-        if labels:
-            names = audioset.read_class_names(labels)
-            audioset.check_labels(segments.values(), names, labels)
-    recordings, unusable = _scan(_Scan(source, files, segment_seconds, features), workers, progress)
-    left_out += unusable
+    chosen = _choose(source, files, tables)
+    recordings, unusable = _scan(_Scan(source, chosen.files, segment_seconds, features), workers, progress)
+    left_out = [*chosen.left_out, *unusable]
     stems = unique_stems([recording.file for recording in recordings])
     clips = []
     for recording in recordings:
-        tags = segments[recording.file].labels if segments else ()
+        segment = chosen.segments.get(recording.file)
+        tags = segment.labels if segment else ()
         shown = tuple(names[tag] for tag in tags) if names else ()
-        for start, stop in cut(recording.samples, recording.rate, segment_seconds):
+        try:
+            pieces = _pieces(recording, segment, segment_seconds)
+        except BadClip as error:
+            left_out.append(LeftOut(recording.file, 0.0, error.reason, error.detail))
+            continue
+        for start, stop in pieces:
             key = f"{stems[recording.file]}_{round(1000 * start / recording.rate)}"
-            clips.append(Clip(key, recording, start, stop, tags, shown))
-    return ClipList(clips, left_out, counts)
+            clips.append(Clip(key, recording, start, stop, tags, shown, segment.ytid if segment else ""))
+    return ClipList(clips, left_out, {"files": len(files), **chosen.counts})
 
 
 def find_audio(source: Path) -> list[str]:
-    """Paths below `source` of all audio files by suffix, sorted, without hidden ones. Raises DataError."""
+    """Paths below `source` of all audio and video files by suffix, sorted, without hidden ones. Raises DataError."""
     if not source.is_dir():
-        raise DataError(f"{source}: no such folder; name a folder of wav, flac, ogg or mp3 files")
+        raise DataError(f"{source}: no such folder; name a folder of wav, flac, ogg, mp3, m4a or video files")
+    known = SUFFIXES | containers.SUFFIXES
+    files = find_files(source, known)
+    if not files:
+        if tars := find_files(source, {".tar"}):
+            folder = (source / tars[0]).parent
+            made = "are packed already" if (folder / INDEX_NAME).exists() else "hold the audio"
+            raise DataError(
+                f"{source}: its {len(tars)} tar shards {made}; index them in place, without a copy: "
+                f"msm-dist data index {folder}/*.tar"
+            )
+        raise DataError(f"{source}: holds no audio; files must end in {', '.join(sorted(known))}")
+    return files
+
+
+def find_files(source: Path, suffixes: AbstractSet[str]) -> list[str]:
+    """Paths below `source` of all files with these suffixes, sorted, without hidden ones."""
     files = []
     for folder, subfolders, names in os.walk(source):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         inside = Path(folder).relative_to(source)
         visible = [name for name in names if not name.startswith(".")]
-        files += [(inside / name).as_posix() for name in visible if Path(name).suffix.lower() in SUFFIXES]
-    if not files:
-        raise DataError(f"{source}: holds no audio; files must end in {', '.join(sorted(SUFFIXES))}")
+        files += [(inside / name).as_posix() for name in visible if Path(name).suffix.lower() in suffixes]
     return sorted(files)
 
 
@@ -156,12 +172,6 @@ def unique_stems(files: Sequence[str]) -> dict[str, str]:
     return stems
 
 
-def check_length(samples: int, rate: int, features: Features) -> None:
-    """Raise BadClip if a clip is shorter than one analysis window."""
-    if num_target_samples(samples, rate, features.sample_rate) < features.n_fft:
-        raise BadClip("too_short", f"{samples} samples at {rate} Hz, less than one window of {features.n_fft}")
-
-
 def write_report(out: Path, counts: dict[str, Any], left_out: Sequence[LeftOut]) -> None:
     """Write report.json: counts, and all that was left out, sorted, with the number per reason."""
     entries = sorted(left_out, key=lambda entry: (entry.file, entry.start_seconds))
@@ -170,15 +180,51 @@ def write_report(out: Path, counts: dict[str, Any], left_out: Sequence[LeftOut])
     write_atomically(out / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
 
 
-def _match(source: Path, files: Sequence[str], csv: Path) -> audioset.Matches:
-    rows = audioset.read_segments(csv)
-    matches = audioset.match_files(files, rows)
-    if not matches.segments:
+class _Chosen(NamedTuple):
+    files: list[str]
+    segments: dict[str, audioset.Segment]
+    left_out: list[LeftOut]
+    counts: dict[str, int]
+
+
+def _choose(source: Path, files: Sequence[str], tables: audioset.Tables) -> _Chosen:
+    """The files that the tables want, and the others with their reasons."""
+    found = audioset.match_files(files, tables.segments.values(), tables.evaluation)
+    left_out = [LeftOut(file, 0.0, "evaluation", "the evaluation table lists it") for file in found.evaluation]
+    if not tables.segments:
+        held_out = set(found.evaluation)
+        return _Chosen([file for file in files if file not in held_out], {}, left_out, {})
+    if not found.segments:
         raise DataError(
-            f"{csv}: none of its {len(rows)} clips is in {source}; files are named by YTID, such as "
-            f"{rows[0].ytid}.wav (found: {PurePosixPath(files[0]).name})"
+            f"{', '.join(tables.names)}: none of their {len(tables.segments)} clips is in {source}; files are named "
+            f"by YTID, such as {next(iter(tables.segments))}.wav (found: {PurePosixPath(files[0]).name})"
         )
-    return matches
+    left_out += [LeftOut(file, 0.0, "duplicate", "another file is the same clip") for file in found.duplicates]
+    left_out += [
+        LeftOut(file, 0.0, "other_segment", "its name says another start than the CSV") for file in found.other_segments
+    ]
+    counts = {"files_not_in_csv": found.num_unlisted, "csv_clips_without_file": found.num_absent}
+    return _Chosen(list(found.segments), found.segments, left_out, counts)
+
+
+def _pieces(recording: Recording, segment: audioset.Segment | None, seconds: float) -> list[tuple[int, int]]:
+    """The spans of a recording that become clips, in samples. Raises BadClip."""
+    rate, length = recording.rate, recording.samples / recording.rate
+    whole = cut(recording.samples, rate, seconds)
+    if segment is None or len(whole) == 1 or _names_start(recording.file, segment):
+        return whole
+    if length >= segment.end_seconds - MIN_TAIL_SECONDS:
+        return [(round(segment.start_seconds * rate), min(round(segment.end_seconds * rate), recording.samples))]
+    if length <= 2 * (segment.end_seconds - segment.start_seconds):
+        return whole
+    raise BadClip(
+        "no_segment", f"{length:.1f} s long, its segment is {segment.start_seconds:g} to {segment.end_seconds:g} s"
+    )
+
+
+def _names_start(file: str, segment: audioset.Segment) -> bool:
+    """Whether a file's name says that it was cut out already."""
+    return audioset.find_ytid(PurePosixPath(file).stem, {segment.ytid})[1] is not None
 
 
 def _scan(scan: _Scan, workers: int, progress: Progress) -> tuple[list[Recording], list[LeftOut]]:
@@ -216,5 +262,5 @@ def _scan_file(name: str, file: BinaryIO, scan: _Scan) -> Recording:
     check_length(info.samples, info.sample_rate, scan.features)
     if info.samples >= (scan.segment_seconds + MIN_TAIL_SECONDS) * info.sample_rate:
         # A header may claim hours that are not there, and each piece of them would become a clip.
-        decode_span(file, info.samples - info.sample_rate, info.samples, info.sample_rate)
+        read_span(file, info.samples - info.sample_rate, info.samples, info.sample_rate)
     return Recording(name, info.samples, info.sample_rate, info.channels, os.fstat(file.fileno()).st_size)

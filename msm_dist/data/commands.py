@@ -8,13 +8,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msm_dist.config import Features, load_config
-from msm_dist.errors import DataError
+from msm_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from msm_dist.data.clips import Progress
@@ -24,6 +25,18 @@ SHOWN = 10
 
 app = typer.Typer(help="Make, index, verify and measure shards.", no_args_is_help=True)
 
+
+class Stored(StrEnum):
+    """What `msm-dist data pack` writes."""
+
+    audio = "audio"
+    logmel = "logmel"
+
+
+Csv = Annotated[
+    list[Path] | None,
+    typer.Option(help="AudioSet segments CSV, may be repeated: which clips are official, and their labels."),
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.", show_default="all CPU cores")]
 RunConfig = Annotated[
     Path | None, typer.Option("--config", help="Run configuration whose `features` hold; none: the recipe's.")
@@ -48,11 +61,19 @@ def synth(
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="Folder of wav, flac, ogg or mp3 files, nested as you like.")],
+    source: Annotated[Path, typer.Argument(help="Folder of audio, video or Parquet files, nested as you like.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
-    csv: Annotated[Path | None, typer.Option(help="AudioSet segments CSV: packs only the clips it lists.")] = None,
+    csv: Csv = None,
     labels: Annotated[Path | None, typer.Option(help="AudioSet class_labels_indices.csv.")] = None,
+    eval_csv: Annotated[
+        Path | None,
+        typer.Option(help="AudioSet eval_segments.csv: leaves its clips out.", show_default="the one beside --csv"),
+    ] = None,
+    keep_evaluation: Annotated[bool, typer.Option("--keep-evaluation", help="Pack evaluation clips too.")] = False,
     name: Annotated[str | None, typer.Option(help="Prefix of the shards.", show_default="source folder")] = None,
+    features: Annotated[Stored, typer.Option(help="Store FLAC or log-mels; SOURCE may then be audio shards.")] = (
+        Stored.audio
+    ),
     shard_clips: Annotated[int, typer.Option(help="Most clips in a shard.")] = 512,
     segment_seconds: Annotated[float, typer.Option(help="Longer recordings are cut into such pieces.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the order of the clips.")] = 0,
@@ -60,29 +81,57 @@ def pack(
     config: RunConfig = None,
 ) -> None:
     """Pack a folder of audio into shards. Killed, it continues when called again."""
+    from msm_dist.data.index import INDEX_NAME
+
+    if features is Stored.logmel and (source / INDEX_NAME).exists():
+        from msm_dist.data.repack import repack
+
+        if csv or labels or eval_csv or keep_evaluation or name:
+            raise ConfigError(f"{source}: shards keep their clips, labels and names; leave --csv and the like out")
+        with _progress() as progress:
+            _show(repack(source, out, _features(config), workers, progress))
+        return
     from msm_dist.data.pack import PackSettings
     from msm_dist.data.pack import pack as pack_folder
 
-    settings = PackSettings(csv, labels, name, shard_clips, segment_seconds, seed, _features(config))
+    settings = PackSettings(
+        csv=tuple(csv or ()),
+        labels=labels,
+        name=name,
+        shard_clips=shard_clips,
+        segment_seconds=segment_seconds,
+        seed=seed,
+        features=_features(config),
+        kind=features.value,
+        eval_csv=eval_csv,
+        keep_evaluation=keep_evaluation,
+    )
     with _progress() as progress:
         packed = pack_folder(source, out, settings, workers, progress)
     _show(packed)
     _show_left_out(packed)
+    _warn(packed)
 
 
 @app.command()
 def index(
     shards: Annotated[list[Path], typer.Argument(help="Tar shards of one folder, such as FOLDER/*.tar.")],
+    csv: Csv = None,
     workers: Workers = ALL_CORES,
     config: RunConfig = None,
 ) -> None:
     """Index webdataset tars made elsewhere, in place: sidecars, index.json with statistics."""
-    from msm_dist.data.shards import index_shards
+    from msm_dist.data.foreign import index_in_place
 
     with _progress() as progress:
-        made = index_shards(shards, _features(config), workers, progress)
-    _show(made)
-    _show_left_out(made)
+        made = index_in_place(shards, _features(config), csv or (), workers, progress)
+    _show(made.index)
+    if made.num_unlisted:
+        typer.echo(f"{made.num_unlisted} clips are not in the CSV; they stay in the index")
+    if made.num_evaluation:
+        typer.echo(f"warning: {made.num_evaluation} clips are AudioSet's evaluation segments", err=True)
+    _show_left_out(made.index)
+    _warn(made.index)
 
 
 @app.command()
@@ -173,6 +222,27 @@ def _show(index: "Index") -> None:
     )
     if index.mean is not None:
         typer.echo(f"log-mel mean {index.mean:.4f}, std {index.std:.4f}")
+    if index.official:
+        official = index.official
+        typer.echo(
+            f"{official.found} of {official.clips} official clips of {', '.join(official.tables)} "
+            f"(manifest {official.manifest[:12]})"
+        )
+
+
+def _warn(index: "Index") -> None:
+    """What a user of AudioSet should know before training on it."""
+    from msm_dist.data.audioset import unusual
+    from msm_dist.data.index import REPORT_NAME
+
+    if sentence := unusual(index, Features().front_end()):
+        typer.echo(f"warning: {sentence}", err=True)
+    if json.loads((index.root / REPORT_NAME).read_text()).get("evaluation_told_apart") is False:
+        typer.echo(
+            "warning: the files look like AudioSet's, but without --csv or --eval-csv its evaluation segments can't be "
+            "told apart: all are packed",
+            err=True,
+        )
 
 
 def _show_left_out(index: "Index") -> None:

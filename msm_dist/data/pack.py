@@ -1,33 +1,35 @@
 """A folder of audio -> webdataset tar shards, sidecars, index.json and a report of what was left out.
 
-In: a source folder (see clips.py) and `PackSettings`. Out: mono FLAC clips at the front end's rate in a
-seeded order, the same bytes whatever the number of workers. A killed pack is continued by the same call:
-finished shards stay (see shard_writer.py). <out>/pack.json says what the folder is made from. Fails with
-DataError (nothing usable, full disk) and ConfigError (impossible settings, the folder of another pack).
+In: a source folder of files (clips.py) or of Parquet tables (parquet.py), and `PackSettings`. Out: mono clips at the
+front end's rate, as FLAC or as stored log-mels, in a seeded order, the same bytes whatever the number of workers. A
+killed pack is continued by the same call: finished shards stay (see shard_writer.py). <out>/pack.json says what the
+folder is made from. Fails with DataError (nothing usable, full disk) and ConfigError (impossible settings, the folder
+of another pack).
 """
 
-import errno
-import fcntl
 import hashlib
-import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal
 
 import numpy as np
 
 from msm_dist.config import Features
+from msm_dist.data import audioset, containers, parquet
+from msm_dist.data.audioset import Tables
+from msm_dist.data.claim import claimed
 from msm_dist.data.clips import (
     MIN_TAIL_SECONDS,
     Clip,
     ClipList,
     LeftOut,
     Progress,
+    find_files,
     list_clips,
     quiet,
     write_report,
@@ -42,21 +44,23 @@ from msm_dist.data.index import (
     load_index,
     write_index,
 )
+from msm_dist.data.media import SUFFIXES
 from msm_dist.data.shard_writer import ShardTask, is_written, read_record, write_shard
 from msm_dist.data.stats import combine
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import ConfigError, DataError
 
-SETTINGS_NAME = "pack.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PackSettings:
     """What decides the bytes of a pack, beside the audio itself."""
 
-    csv: Path | None = None
-    """AudioSet segments: only the files it lists are packed, with its labels."""
+    csv: tuple[Path, ...] = ()
+    """AudioSet segments: only the files they list are packed, with their labels."""
     labels: Path | None = None
     """AudioSet class list: checks the labels and adds display names."""
     name: str | None = None
@@ -68,7 +72,13 @@ class PackSettings:
     seed: int = 0
     """Of the order of the clips."""
     features: Features = field(default_factory=Features)
-    """The rate of the clips, and the front end of the statistics."""
+    """The rate of the clips, and the front end of the statistics and of log-mels."""
+    kind: Literal["audio", "logmel"] = "audio"
+    """What is stored: FLAC, or log-mels."""
+    eval_csv: Path | None = None
+    """AudioSet's evaluation segments, to be left out; none: eval_segments.csv beside a `csv`."""
+    keep_evaluation: bool = False
+    """Pack evaluation segments too."""
 
 
 def pack(source: Path, out: Path, settings: PackSettings, workers: int = 1, progress: Progress = quiet) -> Index:
@@ -78,21 +88,14 @@ def pack(source: Path, out: Path, settings: PackSettings, workers: int = 1, prog
     Raises ConfigError and DataError; the report of what was left out is <out>/report.json.
     """
     _check(settings)
+    tables = audioset.read_tables(settings.csv, settings.eval_csv, settings.keep_evaluation)
     try:
-        found = list_clips(
-            source,
-            settings.csv,
-            settings.labels,
-            settings.segment_seconds,
-            settings.features,
-            workers,
-            progress,
-        )
+        found = _list(source, settings, tables, workers, progress)
         if not found.clips:
             raise DataError(f"{source}: none of its {found.counts['files']} files can be used:\n{_shown(found)}")
         tasks = _shard_tasks(found.clips, source, out, settings)
-        with _claimed(out, _identity(found, tasks[0].name, settings)):
-            return _finished(out) or _write_all(tasks, found, workers, progress)
+        with claimed(out, _identity(found, tasks[0].name, settings)):
+            return _finished(out) or _write_all(tasks, found, tables, workers, progress)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: {error.strerror or error}; mend that, and the same command continues"
@@ -111,23 +114,67 @@ def _check(settings: PackSettings) -> None:
         faults.append(f"--name = {settings.name}: must be letters, digits, '_' and '-'")
     if settings.labels and not settings.csv:
         faults.append(f"--labels = {settings.labels}: names the classes of a --csv, which is missing; give both")
+    if settings.keep_evaluation and settings.eval_csv:
+        faults.append(f"--eval-csv = {settings.eval_csv} leaves its clips out, --keep-evaluation packs them; give one")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _list(source: Path, settings: PackSettings, tables: Tables, workers: int, progress: Progress) -> ClipList:
+    """The clips of a folder of files or of Parquet tables."""
+    names: dict[str, str] = {}
+    if settings.labels:
+        names = audioset.read_class_names(settings.labels)
+        audioset.check_labels(tables.segments.values(), names, settings.labels)
+    if source.is_dir() and (files := parquet.find_parquet(source)):
+        if audio := find_files(source, SUFFIXES | containers.SUFFIXES):
+            raise DataError(
+                f"{source}: holds Parquet tables ({files[0]}) and audio files ({audio[0]}); pack each from a folder of "
+                "its own"
+            )
+        return parquet.list_rows(source, files, tables, names, progress)
+    found = list_clips(source, tables, names, settings.segment_seconds, settings.features, workers, progress)
+    if lost := [entry for entry in found.left_out if entry.reason == containers.MISSING]:
+        log.warning("%d files are left out, such as %s: %s", len(lost), lost[0].file, lost[0].detail)
+    return found
 
 
 def _shown(found: ClipList) -> str:
     return listed([f"{entry.file}: {entry.reason} ({entry.detail})" for entry in found.left_out])
 
 
-def _shard_tasks(clips: Sequence[Clip], source: Path, out: Path, settings: PackSettings) -> list[ShardTask]:
+def _shard_tasks(clips: Sequence[Any], source: Path, out: Path, settings: PackSettings) -> list[ShardTask]:
     """Clips in a seeded order, so that folders sorted by class do not give shards sorted by class."""
     name = settings.name or re.sub(r"[^A-Za-z0-9_-]", "_", source.resolve().name).lstrip("_-") or "audio"
-    order = np.random.default_rng(settings.seed).permutation(len(clips))
-    groups = np.array_split(order, -(-len(clips) // settings.shard_clips))
     return [
-        ShardTask(f"{name}-{number:06d}.tar", [clips[i] for i in group], source, out, settings.features)
-        for number, group in enumerate(groups)
+        ShardTask(
+            f"{name}-{number:06d}.tar",
+            [clips[i] for i in group],
+            source,
+            out,
+            settings.features,
+            settings.kind,
+            settings.segment_seconds,
+        )
+        for number, group in enumerate(_groups(clips, settings))
     ]
+
+
+def _groups(clips: Sequence[Any], settings: PackSettings) -> list[np.ndarray]:
+    """The numbers of each shard's clips.
+
+    Files are permuted as a whole. Of tables the row groups are, and then the rows within a shard: a row group can only
+    be read as a whole, and so each is read once, or twice where it falls into two shards.
+    """
+    random = np.random.default_rng(settings.seed)
+    num_shards = -(-len(clips) // settings.shard_clips)
+    if isinstance(clips[0], Clip):
+        return np.array_split(random.permutation(len(clips)), num_shards)
+    places = [(row.file, row.group) for row in clips]
+    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
+    row_groups = np.split(np.arange(len(clips)), starts[1:])
+    order = np.concatenate([row_groups[i] for i in random.permutation(len(row_groups))])
+    return [random.permutation(group) for group in np.array_split(order, num_shards)]
 
 
 def _identity(found: ClipList, first_shard: str, settings: PackSettings) -> dict[str, Any]:
@@ -138,57 +185,13 @@ def _identity(found: ClipList, first_shard: str, settings: PackSettings) -> dict
     return {
         "version": FORMAT_VERSION,
         "first_shard": first_shard,
+        "kind": settings.kind,
         "shard_clips": settings.shard_clips,
         "segment_seconds": settings.segment_seconds,
         "seed": settings.seed,
         "features": settings.features.front_end(),
         "inputs": inputs.hexdigest(),
     }
-
-
-@contextmanager
-def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the output folder for this pack alone. Raises ConfigError if it belongs to another one."""
-    path = out / SETTINGS_NAME
-    if not path.exists() and ((out / INDEX_NAME).exists() or any(out.glob("*.tar"))):
-        raise ConfigError(f"{out}: holds shards that were not packed by this command; choose another output folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        _lock(file, out)
-        file.seek(0)
-        if content := file.read():
-            _compare(content, identity, out)
-        else:
-            file.write(json.dumps(identity, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-
-
-def _lock(file: TextIO, out: Path) -> None:
-    """The lock ends with the process. File systems that know no locks go without."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{out}: another pack is writing here; wait for it, or choose another folder") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-
-
-def _compare(content: str, identity: dict[str, Any], out: Path) -> None:
-    try:
-        earlier = json.loads(content)
-        different = {name: earlier.get(name) for name in identity if earlier.get(name) != identity[name]}
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{out / SETTINGS_NAME}: is damaged; remove {out} or choose another output folder") from None
-    if different:
-        faults = [f"{name} was {was}, is {identity[name]}" for name, was in different.items() if name != "inputs"]
-        faults += ["audio files or labels differ"] if "inputs" in different else []
-        raise ConfigError(
-            f"{out}: was packed from other inputs or settings ({'; '.join(faults)}); choose another output "
-            "folder, or remove this one"
-        )
 
 
 def _finished(out: Path) -> Index | None:
@@ -203,7 +206,7 @@ def _finished(out: Path) -> Index | None:
     return index
 
 
-def _write_all(tasks: Sequence[ShardTask], found: ClipList, workers: int, progress: Progress) -> Index:
+def _write_all(tasks: Sequence[ShardTask], found: ClipList, tables: Tables, workers: int, progress: Progress) -> Index:
     """Write the shards that have no record yet, then index and report."""
     out, features = tasks[0].out, tasks[0].features
     unfinished = out / UNFINISHED_NAME
@@ -225,15 +228,31 @@ def _write_all(tasks: Sequence[ShardTask], found: ClipList, workers: int, progre
     statistics = combine(np.array(record["sums"]) for record in records)
     index = Index(
         location=str(out),
-        kind="audio",
+        kind=tasks[0].kind,
         sample_rate=features.sample_rate,
         shards=tuple(Shard(**record["shard"], location=str(out / record["shard"]["name"])) for record in records),
         seconds=sum(record["samples"] for record in records) / features.sample_rate,
         **statistics._asdict(),
         features=features.front_end(),
+        official=audioset.official(tables, (ytid for record in records for ytid in record["ytids"])),
     )
-    counts = {**found.counts, "clips": index.num_clips, "seconds": index.seconds}
-    write_report(out, counts, left_out)
+    write_report(out, _counts(found, index, tables, records), left_out)
     write_index(index)
     shutil.rmtree(unfinished)
     return index
+
+
+def _counts(found: ClipList, index: Index, tables: Tables, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of the report."""
+    counts: dict[str, Any] = {**found.counts, "clips": index.num_clips, "seconds": index.seconds}
+    counts["scaled_to_full_scale"] = sum(record["scaled"] for record in records)
+    counts["evaluation_told_apart"] = _tells_evaluation(found, tables)
+    return counts | {"official": index.official and asdict(index.official)}
+
+
+def _tells_evaluation(found: ClipList, tables: Tables) -> bool | None:
+    """Whether AudioSet's evaluation could be left out; None where most names are no YTIDs."""
+    if tables.tells_evaluation:
+        return True
+    names = [clip.recording.file if isinstance(clip, Clip) else clip.name for clip in found.clips]
+    return False if 2 * sum(map(audioset.looks_official, names)) > len(names) else None

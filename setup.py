@@ -37,7 +37,8 @@ DEV = [
     "ruff>=0.6",
     "setuptools>=77",
     "s3fs>=2024.6",
-    "moto[s3]>=5.0",
+    "moto>=5.0",
+    "py-partiql-parser>=0.5",
     "flask>=3.0",
     "flask-cors>=4.0",
 ]

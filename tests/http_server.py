@@ -174,9 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
             if fault != "unsaid":
                 headers["Content-Range"] = f"bytes {start + shift}-{stop + shift - 1}/{size}"
         length = size if start < 0 and self.command == "HEAD" else len(body)
-        if fault == "long":
+        if self.command == "HEAD":
+            pass
+        elif fault == "long":
             body, length = body + b"!", length + 1
-        if fault == "short":
+        elif fault == "short":
             body, length = body[: len(body) // 2], len(body) // 2
         self.send_response(status)
         for name, value in headers.items():

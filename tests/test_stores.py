@@ -28,7 +28,7 @@ def test_every_file_comes_from_its_folder_in_the_order_asked_for(files, monkeypa
     spans = [Span(name, len(files[name]), 0, len(files[name])) for name in names]
     assert [bytes(content) for content in store.fetch(spans)] == [files[name] for name in names]
     assert store.sizes([*names, names[0] + "x"]) == [*(len(files[name]) for name in names), None]
-    assert [store.read(name) for name in names] == [files[name] for name in names]
+    assert store.read(names) == [files[name] for name in names]
     assert sorted(opened) == sorted({name.rpartition("/")[0] for name in names})
 
 

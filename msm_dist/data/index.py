@@ -212,25 +212,18 @@ def shard_fault(shard: Shard, verify: Literal["size", "digest"]) -> str | None:
 
 def members(shard: Shard, store: Store | None = None) -> np.ndarray:
     """The shard's clips: a structured array [clips] of MEMBER_FIELDS and key. Raises DataError."""
-    path = shard.members_location
-    remedy = f"write it again with `msm-dist data index {split(path)[0]}/*.tar`"
-    if is_remote(path):
-        remedy = f"upload {split(path)[1]} and {INDEX_NAME} again, from the same `msm-dist data pack`"
+    return tables([shard], store)[0]
+
+
+def tables(shards: Sequence[Shard], store: Store | None = None) -> list[np.ndarray]:
+    """The clips of shards, as of `members`; remote sidecars are read several at once. Raises DataError."""
+    paths = [shard.members_location for shard in shards]
     try:
-        content = (store or open_store(path, ACCESS)).read(path)
+        contents = (store or open_store(paths[0], ACCESS)).read(paths)
     except OSError as error:
-        raise DataError(f"{path}: the table of a shard's clips can't be read ({error.strerror}); {remedy}") from None
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != shard.members_sha256:
-        raise DataError(f"{path}: sha256 {digest}, {INDEX_NAME} says {shard.members_sha256}; {remedy}")
-    table = _parse_table(content)
-    if table is None or len(table) != shard.clips:
-        found = "another format" if table is None else f"{len(table)} clips"
-        raise DataError(f"{path}: holds {found}, {INDEX_NAME} says {shard.clips} clips; {remedy}")
-    inside = (table["offset"] >= 0) & (table["size"] > 0) & (table["offset"] <= shard.bytes - table["size"])
-    if not (inside & (table["samples"] > 0) & (table["rate"] > 0)).all():
-        raise DataError(f"{path}: names clips outside {shard.name} or without samples; {remedy}")
-    return table
+        fault = f"the table of a shard's clips can't be read ({error.strerror})"
+        raise DataError(f"{error.filename}: {fault}; {_sidecar_remedy(error.filename)}") from None
+    return [_checked_table(shard, content) for shard, content in zip(shards, contents, strict=True)]
 
 
 def member_table(rows: Iterable[tuple[int, int, int, int, str, bytes]]) -> np.ndarray:
@@ -321,7 +314,7 @@ def _read_index(root: str, store: Store) -> Index:
     root = root.rstrip("/") if is_remote(root) else str(Path(root))
     path = join(root, INDEX_NAME)
     try:
-        entry = _IndexFile.model_validate_json(store.read(path))
+        entry = _IndexFile.model_validate_json(store.read([path])[0])
     except FileNotFoundError:
         raise DataError(_absent(root)) from None
     except OSError as error:
@@ -368,8 +361,8 @@ def _select(names: Sequence[str], store: Store) -> Index:
             "data.shards); index them with `msm-dist data index FOLDER/*.tar`"
         )
     shards = tuple(shard for shard in index.shards if shard.name in wanted)
-    tables = [members(shard, store) for shard in shards]
-    return replace(index, shards=shards, seconds=float(sum((t["samples"] / t["rate"]).sum() for t in tables)))
+    seconds = sum((table["samples"] / table["rate"]).sum() for table in tables(shards, store))
+    return replace(index, shards=shards, seconds=float(seconds))
 
 
 def _size_fault(shard: Shard, size: int) -> str | None:
@@ -394,6 +387,29 @@ def _streamed_sha256(shard: Shard, store: Store) -> str:
         for content in store.fetch(group):
             digest.update(content)
     return digest.hexdigest()
+
+
+def _checked_table(shard: Shard, content: bytes) -> np.ndarray:
+    path = shard.members_location
+    remedy = _sidecar_remedy(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != shard.members_sha256:
+        raise DataError(f"{path}: sha256 {digest}, {INDEX_NAME} says {shard.members_sha256}; {remedy}")
+    table = _parse_table(content)
+    if table is None or len(table) != shard.clips:
+        found = "another format" if table is None else f"{len(table)} clips"
+        raise DataError(f"{path}: holds {found}, {INDEX_NAME} says {shard.clips} clips; {remedy}")
+    inside = (table["offset"] >= 0) & (table["size"] > 0) & (table["offset"] <= shard.bytes - table["size"])
+    if not (inside & (table["samples"] > 0) & (table["rate"] > 0)).all():
+        raise DataError(f"{path}: names clips outside {shard.name} or without samples; {remedy}")
+    return table
+
+
+def _sidecar_remedy(path: str) -> str:
+    folder, name = split(path)
+    if is_remote(path):
+        return f"upload {name} and {INDEX_NAME} again, from the same `msm-dist data pack`"
+    return f"write it again with `msm-dist data index {folder}/*.tar`"
 
 
 def _parse_table(content: bytes) -> np.ndarray | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 from msm_dist.data.storage import Access, Span
@@ -66,16 +67,18 @@ class RemoteFiles:
                 return self._transport.size(location)
 
         with ThreadPoolExecutor(SIZES_PER_CONNECTION * self._access.connections, "remote-sizes") as threads:
-            return _at_once(threads, self._access, [(name, lambda name=name: size(name)) for name in locations])
+            return _at_once(threads, self._access, [(name, partial(size, name)) for name in locations])
 
-    def read(self, location: str) -> bytes:
-        """A whole, small file. Raises FileNotFoundError, DataError."""
-        return persistently(location, lambda: self._transport.read(location), self._access, threading.Event())
+    def read(self, locations: Sequence[str]) -> list[bytes]:
+        """Whole, small files. Raises FileNotFoundError, DataError."""
+        return _at_once(
+            self._threads, self._access, [(name, partial(self._transport.read, name)) for name in locations]
+        )
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order. Raises DataError."""
         requests = merged(spans)
-        work = [(request.location, lambda request=request: self._read_span(request)) for request, _ in requests]
+        work = [(request.location, partial(self._read_span, request)) for request, _ in requests]
         contents: list[memoryview | None] = [None] * len(spans)
         for (request, wanted), content in zip(requests, _at_once(self._threads, self._access, work), strict=True):
             for number in wanted:

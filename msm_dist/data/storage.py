@@ -55,8 +55,8 @@ class Store(Protocol):
     def sizes(self, locations: Sequence[str]) -> list[int | None]:
         """Bytes of files, None where there is none."""
 
-    def read(self, location: str) -> bytes:
-        """A whole, small file. Raises FileNotFoundError."""
+    def read(self, locations: Sequence[str]) -> list[bytes]:
+        """Whole, small files. Raises FileNotFoundError."""
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order."""
@@ -102,7 +102,7 @@ def check_location(location: str) -> None:
 
 
 def open_store(location: str, access: Access) -> Store:
-    """The store for files below `location`. Raises DataError for a kind of URL that there is none for."""
+    """The store for files at or below `location`. Raises DataError for a kind of URL that there is none for."""
     if not is_remote(location):
         return LocalFiles()
     check_location(location)
@@ -132,9 +132,9 @@ class LocalFiles:
         """Bytes of files, None where there is none."""
         return [path.stat().st_size if path.is_file() else None for path in map(Path, locations)]
 
-    def read(self, location: str) -> bytes:
-        """A whole, small file. Raises FileNotFoundError, OSError."""
-        return Path(location).read_bytes()
+    def read(self, locations: Sequence[str]) -> list[bytes]:
+        """Whole, small files. Raises FileNotFoundError, OSError."""
+        return [Path(location).read_bytes() for location in locations]
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order: views of the files. Raises DataError."""

@@ -24,9 +24,13 @@ class FolderStores:
                 found[place] = size
         return found
 
-    def read(self, location: str) -> bytes:
-        """A whole, small file. Raises FileNotFoundError, OSError."""
-        return self._of(location).read(location)
+    def read(self, locations: Sequence[str]) -> list[bytes]:
+        """Whole, small files. Raises FileNotFoundError, OSError."""
+        found: list[bytes | None] = [None] * len(locations)
+        for store, places in self._grouped(locations):
+            for place, content in zip(places, store.read([locations[place] for place in places]), strict=True):
+                found[place] = content
+        return found
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order. Raises DataError."""

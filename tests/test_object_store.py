@@ -1,0 +1,178 @@
+"""Shards in an object store: an S3 emulator on loopback, in a process of its own."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msm_dist.config import BatchLayout, Data
+from msm_dist.data import fsspec_transport, stream
+from msm_dist.data.index import check_shards, load_index
+from msm_dist.data.plan import make_plan
+from msm_dist.data.storage import Access, Span, open_store
+from msm_dist.errors import DataError
+from tests.http_server import by_turns, serving
+from tests.processes import free_port
+from tests.shards import noise_clips, write_corpus
+from tests.test_crops import FEATURES, FRAMES
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+
+PATIENT = Access(timeout=10.0, retries=2, connections=4)
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """The URL of an S3 emulator."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def s3(endpoint, monkeypatch):
+    """Puts a file or a folder into the bucket `corpora`."""
+    for name, value in access_to(endpoint).items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="corpora")
+
+    def put(folder: Path, place: str) -> None:
+        for path in folder.iterdir():
+            client.upload_file(str(path), "corpora", f"{place}/{path.name}")
+
+    return put
+
+
+def access_to(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "HIDDEN",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@pytest.fixture
+def corpus(tmp_path, s3):
+    index = write_corpus(tmp_path / "corpus", noise_clips(70), clips_per_shard=24)
+    s3(index.root, "noise")
+    return index
+
+
+def test_index_tars_and_brace_patterns_are_found_and_checked(corpus):
+    index = load_index("s3://corpora/noise", PATIENT)
+    assert (index.digest, index.num_clips) == (corpus.digest, corpus.num_clips)
+    assert check_shards(index, "digest", access=PATIENT) == set()
+    some = load_index("s3://corpora/noise/noise-{000000..000001}.tar", PATIENT)
+    assert [shard.location for shard in some.shards] == [f"s3://corpora/noise/noise-00000{i}.tar" for i in range(2)]
+    with pytest.raises(DataError, match="s3://corpora/nowhere: no index.json there"):
+        load_index("s3://corpora/nowhere", PATIENT)
+
+
+def test_missing_and_cut_off_objects_are_told_apart(corpus, tmp_path, s3):
+    index = load_index("s3://corpora/noise", PATIENT)
+    import boto3
+
+    boto3.client("s3").delete_object(Bucket="corpora", Key="noise/noise-000001.tar")
+    assert check_shards(index, "size", allow_missing=True, access=PATIENT) == {1}
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "noise-000001.tar").write_bytes(b"short")
+    s3(tmp_path / "cut", "noise")
+    with pytest.raises(DataError, match="noise-000001.tar: 5 bytes, index.json says"):
+        check_shards(index, "size", access=PATIENT)
+    store = open_store(index.location, PATIENT)
+    for shard, start in ((index.shards[1], 0), (index.shards[0], 100)):
+        span = Span(shard.location, index.shards[1].bytes + 1, start, start + 10)
+        with pytest.raises(DataError, match=r"\d+ bytes, its index says"):
+            store.fetch([span])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_forked_workers_read_what_local_files_give_though_the_parent_has_read_before(corpus, workers):
+    far = load_index("s3://corpora/noise", PATIENT)
+    check_shards(far, "digest", access=PATIENT)
+    open_store(far.location, PATIENT).fetch([Span(far.shards[0].location, far.shards[0].bytes, 0, 10)])
+    plan = make_plan([shard.clips for shard in far.shards], 7, None, 4, 16, 1)
+    data = Data(num_workers=workers, crop_frames=FRAMES, block=4, read_timeout_seconds=10.0)
+    layout = BatchLayout(world_size=1, micro_batch=4, accumulation=2, blocks_per_step=2, blocks_per_micro_batch=1)
+    batches = []
+    for index in (far, corpus):
+        loader = stream.make_loader(plan, index, FEATURES, data, layout, rank=0)
+        batches.append([next(loader) for _ in range(20)])
+        loader.close()
+    for mine, theirs in zip(*batches, strict=True):
+        assert mine.keys == theirs.keys
+        np.testing.assert_array_equal(mine.crops, theirs.crops)
+
+
+def test_faults_of_the_store_are_tried_again_and_told(tmp_path, s3, monkeypatch):
+    """A plain server in the store's place: S3's requests for an object are those of HTTP."""
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "a.bin").write_bytes(CONTENT)
+    quick = Access(timeout=1.0, retries=4, connections=4)
+    span = Span("s3://corpora/a.bin", len(CONTENT), 100, 400)
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        for fault in ("500", "503", "stall", "stall-body", "truncate", "reset", "short"):
+            server.faults = by_turns(fault)
+            assert bytes(open_store("s3://corpora", quick).fetch([span])[0]) == CONTENT[100:400], fault
+        server.faults = lambda request: "stall" if request.start >= 0 else None
+        with pytest.raises(DataError, match=r"a.bin: can't be read \(.+\); tried 5 times over .* start again") as error:
+            open_store("s3://corpora", quick).fetch([span])
+        assert "HIDDEN" not in str(error.value)
+        server.faults = lambda request: "forbidden"
+        with pytest.raises(DataError, match="no access"):
+            open_store("s3://corpora", quick).fetch([span])
+
+
+def test_no_credentials_are_one_message(s3, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"s3://corpora/noise/index.json: no access \(NoCredentialsError"):
+        load_index("s3://corpora/noise", PATIENT)
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
+def test_a_missing_package_is_named(monkeypatch, scheme, extra):
+    import fsspec
+
+    def absent(protocol):
+        raise ImportError("Install it")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
+    remedy = re.escape(f"pip install 'msm-dist[{extra}]'")
+    with pytest.raises(DataError, match=f"no package for {scheme}:// is installed; {remedy}"):
+        load_index(f"{scheme}://bucket/corpus", PATIENT)
+
+
+def test_signatures_in_errors_of_a_library_are_left_out():
+    shown = fsspec_transport._shown(ValueError("GET https://host/a?X-Amz-Signature=HIDDEN failed\nmore"))
+    assert shown == "ValueError: GET https://host/a?... failed"

@@ -9,14 +9,13 @@ long stretch of the plan without a readable clip.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, Packed, decode_crops, num_target_samples
-from msm_dist.data.index import Index, Shard, members
+from msm_dist.data.index import Index, Shard, tables
 from msm_dist.data.logmel import check_rows, crop_spans, fill_crop
 from msm_dist.data.plan import Plan, crop_offset, fill_block
 from msm_dist.data.storage import Access, Span
@@ -108,7 +107,7 @@ class CropReader:
     def __init__(self, source: Source):
         self._source = source
         self._store = FolderStores(source.access)
-        self._table = lru_cache(MAX_TABLES)(self._load)
+        self._known: dict[int, _Table] = {}
         self._missing = np.array(sorted(source.missing), np.int64)
         self._like = no_crop(source.index.kind, source.features, source.crop_frames)
         self._reported: set[int] = set()
@@ -162,10 +161,19 @@ class CropReader:
     def _room(self, num_crops: int) -> np.ndarray:
         return np.empty((num_crops, *self._like.shape), self._like.dtype)
 
-    def _load(self, number: int) -> _Table:
-        """The clips of a shard. Raises DataError."""
-        shard, features = self._source.index.shards[number], self._source.features
-        rows = members(shard, self._store)
+    def _tables(self, numbers: Sequence[int]) -> dict[int, _Table]:
+        """The clips of shards; what is not known of them is read at once. Raises DataError."""
+        new = [number for number in numbers if number not in self._known]
+        shards = [self._source.index.shards[number] for number in new]
+        for number, shard, rows in zip(new, shards, tables(shards, self._store), strict=True):
+            self._known[number] = self._table(shard, rows)
+        found = {number: self._known[number] for number in numbers}
+        for oldest in list(self._known)[: max(0, len(self._known) - MAX_TABLES)]:
+            del self._known[oldest]
+        return found
+
+    def _table(self, shard: Shard, rows: np.ndarray) -> _Table:
+        features = self._source.features
         if (rows["samples"] > MAX_SAMPLES).any():
             raise DataError(f"{shard.members_location}: a clip of {rows['samples'].max()} samples; pack it again")
         lengths = num_target_samples(rows["samples"], rows["rate"], features.sample_rate)
@@ -180,8 +188,8 @@ class CropReader:
         good = ~np.isin(numbers, self._missing)
         here = np.flatnonzero(good)
         places = places.tolist()
-        tables = {number: self._table(number) for number in np.unique(numbers[here]).tolist()}
-        clips = [(tables[number], places[i]) for i, number in zip(here.tolist(), numbers[here].tolist(), strict=True)]
+        known = self._tables(np.unique(numbers[here]).tolist())
+        clips = [(known[number], places[i]) for i, number in zip(here.tolist(), numbers[here].tolist(), strict=True)]
         lengths = np.array([table.lengths[place] for table, place in clips], np.int64)
         padded = np.maximum(lengths, source.features.hop * (frames - 1))
         offsets, keys = np.zeros(len(sample_ids), np.int64), [""] * len(sample_ids)

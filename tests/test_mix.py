@@ -229,7 +229,7 @@ def test_what_does_not_fit_the_sources_is_refused_with_the_remedy(sources, share
 def test_what_is_remembered_of_a_mix_is_bounded_and_changes_nothing(monkeypatch):
     given_arguments = {"a": [100] * 40, "b": [64]}, [3, 1], 3, 8, 8, 64, 1
     expected = [make_mix(*given_arguments).block_samples(n).tolist() for n in range(400)]
-    monkeypatch.setattr(mix_module, "CACHED_POSITIONS", 4 * CYCLE)
+    monkeypatch.setattr(mix_module, "CACHED_CYCLES", 4)
     plan = make_mix(*given_arguments)
     assert [plan.block_samples(n).tolist() for n in range(400)] == expected
     assert len(plan._cycles) == 4

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msm_dist.data.plan import (
-    CACHED_POSITIONS,
     Plan,
     cached,
     check_block,
@@ -32,12 +31,13 @@ from msm_dist.data.plan import (
 from msm_dist.errors import ConfigError, DataError
 
 CYCLE = 1000  # so that weights of three decimals are met exactly
+CACHED_CYCLES = 8192  # 4 kB each, one for every lane of a worker
 
 _SOURCE, _CYCLE = 4, 5  # purposes of random words, beside those of plan.py
 
 
 class Turns(NamedTuple):
-    """A cycle of a lane: int64 [CYCLE] source of each place, and how many places of it came before in the cycle."""
+    """A cycle of a lane: uint16 [CYCLE] source of each place, and how many places of it came before in the cycle."""
 
     sources: np.ndarray
     earlier: np.ndarray
@@ -89,7 +89,7 @@ class MixedPlan:
             self._cycles,
             (lane, cycle),
             lambda: draw_turns(self.seed, self.places, lane, cycle),
-            CACHED_POSITIONS // CYCLE,
+            CACHED_CYCLES,
         )
         source = int(turns.sources[at])
         return source, (cycle * self.places[source] + int(turns.earlier[at])) * self.lanes + lane
@@ -168,8 +168,8 @@ def count_places(names: Sequence[str], weights: Sequence[float]) -> tuple[int, .
 
 def draw_turns(seed: int, places: Sequence[int], lane: int, cycle: int) -> Turns:
     """The order of the sources in a lane's cycle."""
-    sources = np.repeat(np.arange(len(places)), places)
-    earlier = np.concatenate([np.arange(count) for count in places])
+    sources = np.repeat(np.arange(len(places), dtype=np.uint16), places)
+    earlier = np.concatenate([np.arange(count, dtype=np.uint16) for count in places])
     # The upper 53 bits as an exact float in [0, 1).
     drawn = (raw_words(seed, _CYCLE, CYCLE, lane=lane, window=cycle) >> np.uint64(11)) * 2.0**-53
     order = np.argsort((earlier + drawn) / np.asarray(places)[sources], kind="stable")

@@ -7,7 +7,7 @@ long stretch of the plan without a readable clip.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 MAX_TABLES = 4096  # of clips, 30 kB each: a worker's lanes lie in that many shards before it needs one again
 FETCH_BYTES = 32 * 2**20  # of clips at once, where they are no views of mapped files
 MAX_SAMPLES = 2**40  # of a clip, by its sidecar
-
-Values = Callable[[int], np.ndarray]
-"""Makes room for the values of n crops."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +119,14 @@ class CropReader:
         crops = zip(values, found.offsets.tolist(), found.keys, found.good.tolist(), strict=True)
         return [Crop(*crop) if good else None for *crop, good in crops]
 
-    def blocks(self, numbers: Sequence[int], room: Values | None = None) -> Blocks:
-        """Blocks of the plan, bad clips replaced; `room` makes the array of their values, by default an ordinary one.
+    def blocks(self, numbers: Sequence[int], values: np.ndarray | None = None) -> Blocks:
+        """Blocks of the plan, bad clips replaced; their crops are written into `values`, if given.
 
         Raises DataError as `read` and `fill_block` do.
         """
         plan, size = self._source.plan, self._source.plan.block
         sample_ids = np.concatenate([plan.block_samples(number) for number in numbers])
-        values = (room or self._room)(len(sample_ids))
+        values = self._room(len(sample_ids)) if values is None else values
         found = self._read(sample_ids, values)
         num_bad = num_missing = 0
         for i in np.flatnonzero(~found.good.reshape(-1, size).all(axis=1)).tolist():

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing import connection
 from typing import Any
@@ -31,7 +31,7 @@ import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from msm_dist.config import BatchLayout, Data, Features
-from msm_dist.data.crops import Blocks, CropReader, Source
+from msm_dist.data.crops import CropReader, Source, no_crop
 from msm_dist.data.index import Index
 from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
 from msm_dist.data.storage import access_of
@@ -70,6 +70,15 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same with its tensors where a GPU can fetch them while it computes; called by DataLoader."""
         return replace(self, crops=self.crops.pin_memory(), sample_ids=self.sample_ids.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each tensor that leaves a worker takes a file and a connection, which is worth it for the crops only.
+        parts = [getattr(self, part.name) for part in fields(self)]
+        return _batch, (parts[0], *(part.numpy() if torch.is_tensor(part) else part for part in parts[1:]))
+
+
+def _batch(crops: torch.Tensor, *small: Any) -> Batch:
+    return Batch(crops, *(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in small))
 
 
 class Loader:
@@ -158,7 +167,7 @@ def make_loader(
     check_lanes(plan, layout.world_size, data.num_workers)
     source = Source(plan, index, features, data.crop_frames, frozenset(missing), access_of(data))
     pipeline = webdataset.DataPipeline(
-        partial(_micro_batches, layout, rank, start_step), partial(_read, source), _collate, _faults_as_items
+        partial(_micro_batches, layout, rank, start_step), partial(_read, source), _faults_as_items
     )
     if data.num_workers == 0:
         return Loader(iter(pipeline), [], [], while_late)
@@ -210,18 +219,17 @@ def _micro_batches(layout: BatchLayout, rank: int, start_step: int) -> Iterator[
         yield micro_batch_blocks(i, rank, layout.world_size, layout.blocks_per_micro_batch)
 
 
-def _read(source: Source, micro_batches: Iterable[np.ndarray]) -> Iterator[Blocks]:
-    """Second stage: the blocks, read and filled in."""
+def _read(source: Source, micro_batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+    """Second stage: their crops, read and filled in."""
     reader = CropReader(source)
+    like = torch.from_numpy(no_crop(source.index.kind, source.features, source.crop_frames))
     for numbers in micro_batches:
-        yield reader.blocks(numbers.tolist())
-
-
-def _collate(micro_batches: Iterable[Blocks]) -> Iterator[Batch]:
-    """Third stage: tensors."""
-    for blocks in micro_batches:
+        crops = like.new_empty(len(numbers) * source.plan.block, *like.shape)
+        if get_worker_info():
+            crops.share_memory_()  # as DataLoader else does, by a copy
+        blocks = reader.blocks(numbers.tolist(), crops.numpy())
         yield Batch(
-            crops=torch.from_numpy(blocks.values),
+            crops=crops,
             sample_ids=torch.from_numpy(blocks.sample_ids),
             blocks=torch.from_numpy(blocks.numbers),
             offsets=torch.from_numpy(blocks.offsets),

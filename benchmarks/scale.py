@@ -5,7 +5,8 @@ content), shared by `--ranks` ranks with `--workers` loader workers each, and me
 checking the index, making the plan, resuming at several positions up to the samples of a first micro-batch and the
 tables of its clips, and the memory of that. Then every worker's blocks of one epoch are drawn, for all ranks and for
 one: each clip must come exactly once but those that sit out, else the exit code is 1 and nothing is written. Says how
-uneven shards and lanes are. Writes benchmarks/results/scale-<device>.json.
+uneven shards and lanes are, and what drawing from a mix of two such corpora costs. Writes
+benchmarks/results/scale-<device>.json.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from msm_dist.data.index import (
     write_index,
     write_members,
 )
-from msm_dist.data.plan import Plan, check_lanes, default_lanes, make_plan, micro_batch_blocks, most_lanes
+from msm_dist.data.mix import make_mix
+from msm_dist.data.plan import Order, Plan, check_lanes, default_lanes, make_plan, micro_batch_blocks, most_lanes
 from msm_dist.errors import ConfigError
 
 CLIPS, SHARDS, RANKS, WORKERS = 2_000_000, 2_000, 1024, 8
@@ -99,7 +101,7 @@ def measure(folder: str, options: argparse.Namespace, num_bytes: dict[str, int])
         if coverage["served_twice"] or coverage["epoch_clips"] != coverage["expected_clips"]:
             print(f"benchmarks.scale: WRONG: {name}: {coverage}: nothing is written")
             return None
-        found[name] |= coverage
+        found[name] |= coverage | apart(mixed, job)
     found |= apart(unevenness, many)
     found["targets"] = [target.record() for target in targets(found)]
     return found
@@ -194,7 +196,24 @@ def start_and_resume(job: Job) -> dict[str, Any]:
     }
 
 
-def draw_times(plan: Plan, job: Job) -> list[float]:
+def mixed(job: Job) -> dict[str, Any]:
+    """The corpus mixed 9 : 1 with one of a tenth of its size: seconds per block, from a far cursor, MiB."""
+    clips = [shard.clips for shard in load_index(job.folder).shards]
+    before = resident_mib()
+    sources = {"simulated": clips, "own": clips[: max(1, len(clips) // 10)]}
+    plan = make_mix(sources, [9, 1], 0, job.lanes, BLOCK, WINDOW, 1)
+    begun = time.perf_counter()
+    far = plan.block_samples(10_000 * plan.clips_per_epoch // BLOCK)
+    resumed = time.perf_counter() - begun
+    return {
+        "mix_draw_a_block": median(draw_times(plan, job)),
+        "mix_resume_seconds": resumed,
+        "mix_epoch": int(far[:, 0].max()),
+        "mix_mib": resident_mib() - before,
+    }
+
+
+def draw_times(plan: Order, job: Job) -> list[float]:
     """Seconds per block of worker 0 of rank 0, by micro-batch."""
     times = []
     for turn in range(500):
@@ -301,10 +320,12 @@ def report(found: dict[str, Any]) -> str:
             for name in ("load_index", "check_shards", "make_plan")
         ),
         ("a block drawn, us", *(1e6 * each["seconds"]["draw_a_block"] for each in both)),
+        ("a block of a mix drawn, us", *(1e6 * each["mix_draw_a_block"] for each in both)),
         ("slowest resume, s", *(max(resume["seconds"] for resume in each["resumes"]) for each in both)),
         ("index, MiB", *(each["index_mib"] for each in both)),
         ("plan and resumes, MiB", *(each["plan_mib"] for each in both)),
         ("plan after an epoch, MiB", *(each["caches_mib"] for each in both)),
+        ("plan of a mix, MiB", *(each["mix_mib"] for each in both)),
         ("blocks of an epoch", *(each["blocks"] for each in both)),
         ("clips served once", *(each["epoch_clips"] for each in both)),
         ("clips that sit out", *(each["sit_out"] for each in both)),

@@ -161,7 +161,7 @@ def match_files(
             num_unlisted += 1
         elif ytid in evaluation:
             held_out.append(file)
-        elif start is not None and not _is_start(start, by_ytid[ytid]):
+        elif start is not None and not is_start(start, by_ytid[ytid]):
             other_segments.append(file)
         elif ytid in taken:
             duplicates.append(file)
@@ -198,7 +198,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _is_start(start: float, segment: Segment) -> bool:
+def is_start(start: float, segment: Segment) -> bool:
     """Whether a start, in s or ms, is the segment's."""
     return any(abs(value - segment.start_seconds) <= START_TOLERANCE_SECONDS for value in (start, start / 1000))
 

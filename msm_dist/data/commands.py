@@ -174,6 +174,52 @@ def stats(
     _show(measured)
 
 
+@app.command()
+def inspect(
+    where: Annotated[
+        str, typer.Argument(metavar="FOLDER|SHARD", help="Folder with index.json or a tar in it; or URL.")
+    ],
+    key: Annotated[str | None, typer.Argument(help="Key of a clip, or how the only such key begins.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the clip's picture and sound.")] = Path(),
+    original: Annotated[bool, typer.Option("--original", help="Write the clip as it is stored too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")] = False,
+) -> None:
+    """Show what is in a corpus, in a shard, or in a clip: with a spectrogram picture and the sound."""
+    from msm_dist.data.inspect import find_clip, inspect_clip, list_clips, summarize
+
+    found = _packed(where)
+    if key is not None:
+        lines = inspect_clip(found, find_clip(found, key), out, original, overwrite)
+    elif where.endswith(".tar"):
+        lines = list_clips(found.shards[0])
+    else:
+        _show(found)
+        lines = summarize(found)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+def split(
+    folder: Annotated[str, typer.Argument(help="Folder with index.json, of audio or of log-mels.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards of the subset.")],
+    csv: Annotated[Path, typer.Option(help="Segments CSV: the clips and their labels.")],
+    labels: Annotated[Path | None, typer.Option(help="AudioSet class_labels_indices.csv.")] = None,
+    name: Annotated[str | None, typer.Option(help="Prefix of the shards.", show_default="the CSV's name")] = None,
+    shard_clips: Annotated[int, typer.Option(help="Most clips in a shard.")] = 512,
+    workers: Workers = ALL_CORES,
+) -> None:
+    """Copy the clips that a CSV lists into shards of their own, with its labels."""
+    from msm_dist.data.split import SplitSettings
+    from msm_dist.data.split import split as split_shards
+
+    with _progress() as progress:
+        made = split_shards(folder, out, SplitSettings(csv, labels, name, shard_clips), workers, progress)
+    _show(made)
+    typer.echo(f"{made.official.found} of {made.official.clips} clips of {csv.name}")
+    _show_left_out(made)
+
+
 def _packed(folder: str | Path) -> "Index":
     from msm_dist.data.index import load_index
     from msm_dist.data.storage import is_remote

@@ -10,16 +10,15 @@ import mmap
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
-from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, num_target_samples
 from msm_dist.data.clips import Progress, quiet
-from msm_dist.data.index import ACCESS, INDEX_NAME, Index, Shard, check_shards, members, shard_fault
-from msm_dist.data.logmel import HEADER_BYTES, SUFFIX, check_rows
+from msm_dist.data.contents import front_end_of, split_name
+from msm_dist.data.index import ACCESS, Index, Shard, check_shards, members, shard_fault
+from msm_dist.data.logmel import HEADER_BYTES, check_rows
 from msm_dist.data.storage import Access, is_remote, open_store
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
@@ -105,10 +104,7 @@ def _is_named(row: np.void, header: tarfile.TarInfo | None) -> bool:
     """Whether a tar's header is that of the clip in a sidecar's row, whose key may have the tar's name before it."""
     if header is None or not header.isreg() or header.size != row["size"]:
         return False
-    name = header.name.removesuffix(SUFFIX)
-    if name == header.name:
-        name = str(PurePosixPath(name).with_suffix(""))
-    key, found = row["key"], name.encode(errors="surrogateescape")
+    key, found = row["key"], split_name(header.name)[0].encode(errors="surrogateescape")
     return key == found or key.endswith(b"/" + found)
 
 
@@ -132,13 +128,10 @@ def _logmel_fault(row: np.void, member: bytes) -> str | None:
 
 def _length_faults(index: Index, shard: Shard, table: np.ndarray) -> Iterator[str]:
     """Whether stored log-mels are as long as their clips, by the front end that the index names."""
-    if index.kind != "logmel" or index.features is None:
-        return
     try:
-        features = Features(**index.features)
-        samples = num_target_samples(table["samples"], table["rate"].astype(np.int64), features.sample_rate)
-        check_rows(table, features.num_frames(samples), features)
-    except ValidationError:
-        yield f"{shard.location}: {INDEX_NAME} names no front end that there is; pack the log-mels again"
+        features = front_end_of(index) if index.kind == "logmel" else None
+        if features:
+            samples = num_target_samples(table["samples"], table["rate"].astype(np.int64), features.sample_rate)
+            check_rows(table, features.num_frames(samples), features)
     except DataError as error:
         yield f"{shard.location}: {error}"

@@ -1,0 +1,96 @@
+"""What a tar holds for each of its clips: the clip's member, and the json member with labels and origin.
+
+In: a shard on this machine. Out: one `Stored` per clip, in the order of its sidecar. The json may come from strangers:
+what is no object of plain values counts as none. Fails with DataError on a tar that is not what its sidecar says.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from msm_dist.config import Features
+from msm_dist.data.index import INDEX_NAME, Index, Shard, members
+from msm_dist.data.logmel import SUFFIX
+from msm_dist.errors import DataError
+
+MAX_JSON_BYTES = 2**20
+
+
+class Stored(NamedTuple):
+    """A clip in its tar: its row of the sidecar, the suffix of its member (".flac"), its json member ({}: none)."""
+
+    row: np.void
+    suffix: str
+    description: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The clip's key, whatever bytes it is of."""
+        return self.row["key"].decode(errors="surrogateescape")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the clip comes from, as far as its json says."""
+        origin = self.description.get("origin")
+        return origin if isinstance(origin, dict) else {}
+
+
+def stored_clips(shard: Shard) -> Iterator[Stored]:
+    """The clips of a shard in the order of its sidecar. Raises DataError, OSError."""
+    suffixes: dict[int, tuple[str, str]] = {}
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard.path, "r:") as tar:
+            for member in tar:
+                stem, suffix = split_name(member.name)
+                suffixes[member.offset_data] = stem, suffix
+                if suffix == ".json" and member.isreg() and member.size <= MAX_JSON_BYTES:
+                    places[stem] = member.offset_data, member.size
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{shard.path}: is not a complete, uncompressed tar ({error}); copy it again") from None
+    with open(shard.path, "rb") as file:
+        for row in members(shard):
+            if int(row["offset"]) not in suffixes:
+                key = row["key"].decode(errors="replace")
+                raise DataError(f"{shard.path}: {key} is not where its sidecar says; see `msm-dist data verify`")
+            stem, suffix = suffixes[int(row["offset"])]
+            content = b""
+            if place := places.get(stem):
+                file.seek(place[0])
+                content = file.read(place[1])
+            yield Stored(row, suffix, _parsed(content))
+
+
+def front_end_of(index: Index) -> Features | None:
+    """The front end behind an index's statistics, None where it has none. Raises DataError."""
+    if index.features is None:
+        return None
+    try:
+        return Features(**index.features)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise DataError(
+            f"{index.location}: the front end in {INDEX_NAME} is none of this version ({fault['loc'][0]}: "
+            f"{fault['msg']}); measure again with `msm-dist data stats`, or pack stored log-mels again"
+        ) from None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name without its suffix, and the suffix."""
+    if name.endswith(SUFFIX):
+        return name.removesuffix(SUFFIX), SUFFIX
+    suffix = PurePosixPath(name).suffix
+    return name.removesuffix(suffix), suffix
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        description = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return description if isinstance(description, dict) else {}

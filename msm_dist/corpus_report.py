@@ -32,9 +32,8 @@ def corpus_rows(cfg: Config, layout: BatchLayout, corpus: Corpus) -> list[tuple[
     if mixed:
         for source, own, share in zip(corpus.sources, plans, plan.shares, strict=True):
             epoch = own.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch / share
-            rows.append(
-                ("", f"{share:.1%} from {source.location}: {source.num_clips} clips, each once in {epoch:.2f} steps")
-            )
+            served = f"{source.num_clips} clips, each served once in {epoch:.2f} steps"
+            rows.append(("", f"{share:.1%} from {source.location}: {served}"))
     rows += [
         ("shards", f"clips {spread([shard.clips for shard in index.shards])} (least, median, most)"),
         ("", f"MB    {spread([shard.bytes / 1e6 for shard in index.shards])}"),
@@ -63,8 +62,8 @@ def _window_memory(plans: Sequence[Plan], total_bytes: int, world_size: int) -> 
     clip = total_bytes / sum(plan.num_clips for plan in plans)
     held = sum(plan.lanes * min(plan.shuffle_window, plan.lane_clips) for plan in plans) * clip
     return (
-        "local files and stores with byte ranges hold none of it; a reader that can't seek would hold a window of "
-        f"every lane: {held / 1e9:.2f} GB, {held / world_size / 1e9:.2f} GB a process"
+        f"{held / 1e9:.2f} GB, {held / world_size / 1e9:.2f} GB a process, for a reader that can't seek: a window of "
+        "every lane; local files and byte ranges need none"
     )
 
 

@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_corpus(corpora):
     assert "8 of 23 clips; 6 clips sit out an epoch" in text
     assert "184 clips = 2.88 steps" in text
     held = 184 * sum(sizes) / 190 / 1e9
-    assert f"lane: {held:.2f} GB, {held / 2:.2f} GB a process" in text
+    assert f"{held:.2f} GB, {held / 2:.2f} GB a process" in text
 
 
 def test_every_choice_it_names_is_one_that_a_run_accepts_and_no_other_is(corpora):
@@ -63,8 +63,8 @@ def test_every_choice_it_names_is_one_that_a_run_accepts_and_no_other_is(corpora
 def test_sources_of_a_mix_have_a_line_each(corpora):
     corpus, text = report({"mix": {str(corpora[0]): 3, str(corpora[1]): 1}})
     assert "240 clips in 6 shards" in text
-    assert f"75.0% from {corpora[0]}: 190 clips, each once in 3.92 steps" in text
-    assert f"25.0% from {corpora[1]}: 50 clips, each once in 3.00 steps" in text
+    assert f"75.0% from {corpora[0]}: 190 clips, each served once in 3.92 steps" in text
+    assert f"25.0% from {corpora[1]}: 50 clips, each served once in 3.00 steps" in text
     assert "4 of 47 + 12 clips; 2 + 2 clips sit out" in text
     assert corpus.plan.lanes == 4
 

@@ -7,6 +7,7 @@ Fails with DataError that names the line.
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -186,9 +187,17 @@ def find_ytid(stem: str, known: AbstractSet[str] | dict[str, Segment]) -> tuple[
     return None, None
 
 
-def looks_official(file: str) -> bool:
-    """Whether a file is named as AudioSet's are: 11 letters and digits of a YTID, perhaps with a start and an end."""
-    return bool(re.fullmatch(r"Y?[A-Za-z0-9_-]{11}(_[0-9.]+){0,2}", PurePosixPath(file).stem))
+def look_official(files: Iterable[str]) -> bool:
+    """Whether most files are named as AudioSet's are: a YTID of 11 letters and digits, perhaps a start and an end."""
+    stems = [PurePosixPath(file).stem for file in files]
+    named = sum(bool(re.fullmatch(r"Y?[A-Za-z0-9_-]{11}(_[0-9.]+){0,2}", stem)) for stem in stems)
+    numbered = len(stems) > 1 and len(os.path.commonprefix(stems)) > 1
+    return 2 * named > len(stems) and not numbered
+
+
+def is_start(start: float, segment: Segment) -> bool:
+    """Whether a start, in s or ms, is the segment's."""
+    return any(abs(value - segment.start_seconds) <= START_TOLERANCE_SECONDS for value in (start, start / 1000))
 
 
 def _number(text: str) -> float | None:
@@ -196,11 +205,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def is_start(start: float, segment: Segment) -> bool:
-    """Whether a start, in s or ms, is the segment's."""
-    return any(abs(value - segment.start_seconds) <= START_TOLERANCE_SECONDS for value in (start, start / 1000))
 
 
 def _segment(row: list[str]) -> Segment | None:

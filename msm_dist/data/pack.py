@@ -255,4 +255,4 @@ def _tells_evaluation(found: ClipList, tables: Tables) -> bool | None:
     if tables.tells_evaluation:
         return True
     names = [clip.recording.file if isinstance(clip, Clip) else clip.name for clip in found.clips]
-    return False if 2 * sum(map(audioset.looks_official, names)) > len(names) else None
+    return False if audioset.look_official(names) else None

@@ -18,6 +18,7 @@ import soundfile
 import soxr
 
 from msm_dist.data.ogg import damaged_page, is_ogg
+from msm_dist.data.view import View
 from msm_dist.errors import MsmError
 
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
@@ -180,7 +181,7 @@ def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
 @contextmanager
 def _opened(encoded: Encoded):
     """A soundfile.SoundFile whose header makes sense; faults of libsndfile come out as BadClip."""
-    file = io.BytesIO(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
+    file = _file(encoded)
     if not file.read(1):
         raise BadClip("empty", "0 bytes")
     if file is not encoded and is_ogg(encoded) and (place := damaged_page(encoded)) is not None:
@@ -193,6 +194,10 @@ def _opened(encoded: Encoded):
     except soundfile.SoundFileError as error:
         detail = getattr(error, "error_string", str(error))
         raise BadClip("undecodable", " ".join(detail.split())) from None
+
+
+def _file(encoded: Encoded) -> BinaryIO | View:
+    return View(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
 
 
 def _check_header(sound: soundfile.SoundFile) -> None:
@@ -208,7 +213,7 @@ def _check_header(sound: soundfile.SoundFile) -> None:
 
 def _check_wav(encoded: Encoded, sound: soundfile.SoundFile) -> None:
     """Raise BadClip where the header of a WAV promises more samples than follow; libsndfile believes the file."""
-    file = io.BytesIO(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
+    file = _file(encoded)
     place, end = file.tell(), file.seek(0, io.SEEK_END)
     try:
         block = 1

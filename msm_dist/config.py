@@ -614,7 +614,11 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = (path.parent / parent).resolve()
     if base in seen or base == path.resolve():
         raise ConfigError(f"{path}: extends {parent}, which extends it in turn; break the circle")
-    return merged(_read_yaml(base, (*seen, path.resolve())), values)
+    result = merged(_read_yaml(base, (*seen, path.resolve())), values)
+    # Which corpora are mixed is one value: those of the other file don't stay among them.
+    if isinstance(mine := values.get("data"), dict) and "mix" in mine:
+        result["data"]["mix"] = mine["mix"]
+    return result
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -192,3 +192,37 @@ def test_crop_reads_hop_times_frames_less_one_plus_a_window():
     assert features.crop_samples(208) == 33520
     assert features.num_frames(160000) == 1001
     assert math.isclose(features.num_frames(33280), 209)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_mix_is_one_value_in_a_file_that_extends_another_and_in_an_override(tmp_path):
+    write(tmp_path / "base.yaml", "train: {steps: 3}\ndata: {mix: {/data/a: 3, other.b: 0.5}}\n")
+    path = write(tmp_path / "run.yaml", "extends: base.yaml\ndata: {mix: {/data/c: 1}}\n")
+    base = load_config(tmp_path / "base.yaml")
+    assert list(base.data.mix.items()) == [("/data/a", 3.0), ("other.b", 0.5)]
+    assert base.data.shards is None
+    assert load_config(path).data.mix == {"/data/c": 1.0}
+    given = load_config(path, ["data.mix={/x/y.z: 1, https://host/a: 2.5}"])
+    assert list(given.data.mix.items()) == [("/x/y.z", 1.0), ("https://host/a", 2.5)]
+    assert load_config(write(tmp_path / "again.yaml", dump_config(base))) == base
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{shards: x, mix: {a: 1}}", "data.shards = x and data.mix: give one of them, the other is to be null"),
+        ("{shards: null}", "data.shards is missing: give data.shards, or data.mix"),
+        ("{mix: {a: 0, b: -1}}", r"data.mix.a = 0: .*greater than 0\n  data.mix.b = -1: .*greater than 0"),
+        ("{mix: {a: .inf}}", "data.mix.a = inf: input should be a finite number"),
+        ("{mix: {a: .nan}}", "data.mix.a = nan: input should be"),
+        ("{mix: {}}", "data.mix = {}: .*at least 1"),
+        ("{mix: [a, b]}", "data.mix = .*: input should be a valid dictionary"),
+    ],
+)
+def test_a_mix_that_can_not_be_is_refused(tmp_path, data, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path / "run.yaml", f"train: {{steps: 3}}\ndata: {data}\n"))

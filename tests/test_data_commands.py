@@ -44,6 +44,67 @@ def test_embedded_corpus_is_packed_verified_and_measured(corpus):
         assert f"mean {index.mean:.4f}, std {index.std:.4f}" in run("stats", shards, "--workers", 1)
 
 
+@pytest.fixture
+def official(tmp_path):
+    """Three files named as AudioSet's, the tables that list two of them, and an evaluation table."""
+    names = ("--PJHxphWEs", "YZY-SXAuDSo", "0xyz0xyz0xy")
+    for number, name in enumerate(names):
+        write_audio(tmp_path / "audio" / f"Y{name}_0_10000.flac", noise(16000, seed=number))
+    (tmp_path / "balanced_train_segments.csv").write_text(f'{names[0]}, 0, 10, "/m/1"\n')
+    (tmp_path / "unbalanced_train_segments.csv").write_text(f'{names[1]}, 0, 10, "/m/1"\nzzzzzzzzzzz, 0, 10, "/m/1"\n')
+    (tmp_path / "eval_segments.csv").write_text(f'{names[2]}, 0, 10, "/m/1"\n')
+    return tmp_path
+
+
+def test_official_clips_are_counted_and_survive_index_and_stats(official):
+    csv = [f"--csv={official / name}_train_segments.csv" for name in ("balanced", "unbalanced")]
+    output = run("pack", official / "audio", official / "out", *csv, "--workers", 1)
+    counted = "2 of 3 official clips of balanced_train_segments.csv, unbalanced_train_segments.csv (manifest "
+    assert counted in output
+    assert "left out: 1 evaluation" in output
+    assert "AudioSet's are about -7.1 and 4.2" in output
+    (tar,) = (official / "out").glob("*.tar")
+    before = load_index(str(official / "out")).official
+    for command in (["stats", official / "out"], ["index", tar]):
+        assert counted in run(*command, "--workers", 1)
+        assert load_index(str(official / "out")).official == before
+
+
+def test_without_a_table_the_evaluation_can_not_be_told_apart_and_that_is_said(official):
+    output = run("pack", official / "audio", official / "out", "--workers", 1)
+    assert "3 clips" in output and "evaluation segments can't be told apart: all are packed" in output.replace(
+        "\n", " "
+    )
+    table = ["--eval-csv", official / "eval_segments.csv"]
+    output = run("pack", official / "audio", official / "other", *table, "--workers", 1)
+    assert "2 clips" in output and "told apart" not in output
+
+
+def test_foreign_tars_are_compared_with_the_tables(official):
+    audio = {f"x/{path.name}": path.read_bytes() for path in (official / "audio").iterdir()}
+    tar = write_tar(official / "tars" / "a.tar", audio)
+    csv = ["--csv", official / "balanced_train_segments.csv"]
+    output = run("index", tar, *csv, "--workers", 1)
+    assert "1 of 1 official clips" in output
+    assert "2 clips are not in the CSV" in output
+    assert "warning: 1 clips are AudioSet's evaluation segments" in output
+    assert load_index(str(official / "tars")).official.found == 1
+    write_tar(tar, audio | {"x/new.flac": encode(noise(8000))})
+    run("index", tar, "--workers", 1)
+    assert load_index(str(official / "tars")).official is None
+
+
+def test_log_mels_come_from_a_folder_of_audio_or_from_audio_shards(official):
+    run("pack", official / "audio", official / "audio_shards", "--workers", 1)
+    run("pack", official / "audio", official / "logmel", "--features", "logmel", "--workers", 1)
+    run("pack", official / "audio_shards", official / "repacked", "--features", "logmel", "--workers", 1)
+    packed, repacked = (load_index(str(official / name)) for name in ("logmel", "repacked"))
+    assert (packed.kind, repacked.kind, packed.num_clips, repacked.num_clips) == ("logmel", "logmel", 3, 3)
+    assert (packed.mean, packed.std) == pytest.approx((repacked.mean, repacked.std))
+    with pytest.raises(ConfigError, match="shards keep their clips"):
+        run("pack", official / "audio_shards", official / "x", "--features", "logmel", "--name", "y", "--workers", 1)
+
+
 @pytest.mark.parametrize("command", ["stats", "index"])
 def test_naming_some_shards_does_not_drop_the_others_from_the_index(tmp_path, command):
     for name in ("a", "b"):

@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import hashlib
+import io
 import json
 import os
 import signal
@@ -9,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ import webdataset
 from msm_dist.config import Features
 from msm_dist.data.audio import decode, to_int16
 from msm_dist.data.clips import cut, unique_stems
-from msm_dist.data.index import load_index, members
+from msm_dist.data.index import Official, load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import ConfigError, DataError
-from tests.audio_files import bad_files, noise, write_audio
+from msm_dist.features import CODE_LOW
+from tests.audio_files import bad_files, encode, noise, write_audio
 
 SETTINGS = PackSettings(shard_clips=8, seed=1)
 
@@ -274,6 +277,128 @@ def test_silent_folder_has_no_statistics(tmp_path):
         pack(tmp_path / "source", tmp_path / "out", SETTINGS)
 
 
+def test_index_says_how_many_official_clips_it_holds(source, tmp_path, audioset):
+    (source / "cat" / "cat01.flac").write_bytes(bad_files()["truncated.flac"][0])
+    index = pack(source, tmp_path / "out", audioset)
+    found = sorted(["cat00", "cat02", "cat03", "cat04", "cat05", "dog03"])
+    digest = hashlib.sha256("".join(f"{name}\n" for name in found).encode()).hexdigest()
+    assert index.official == Official(("segments.csv",), 8, 6, digest)
+    assert load_index(str(tmp_path / "out")).official == index.official
+    assert report(tmp_path / "out")["official"] == json.loads(json.dumps(asdict(index.official)))
+
+
+def test_evaluation_segments_are_left_out_unless_asked_for(source, tmp_path, audioset):
+    table = tmp_path / "eval_segments.csv"
+    table.write_text('cat02, 0, 1, "/m/cat"\ndog07, 0, 1, "/m/cat"\n')
+    pack(source, tmp_path / "out", audioset)
+    left_out = report(tmp_path / "out")["left_out"]
+    expected = [("cat/cat02.flac", "evaluation"), ("dog/dog07.flac", "evaluation")]
+    assert [(entry["file"], entry["reason"]) for entry in left_out] == expected
+    assert pack(source, tmp_path / "kept", replace(audioset, keep_evaluation=True)).num_clips == 7
+    both = replace(audioset, csv=(*audioset.csv, table))
+    assert pack(source, tmp_path / "both", both).num_clips == 8
+    without = replace(SETTINGS, eval_csv=table)
+    assert pack(source, tmp_path / "without", without).num_clips == 23
+    assert report(tmp_path / "without")["evaluation_told_apart"] is True
+
+
+def test_duplicates_and_other_segments_are_reported(source, tmp_path, audioset):
+    write_audio(source / "again" / "Ycat00.flac", noise(4000))
+    write_audio(source / "dog03_30000_40000.flac", noise(4000))
+    pack(source, tmp_path / "out", audioset)
+    reasons = {entry["file"]: entry["reason"] for entry in report(tmp_path / "out")["left_out"]}
+    assert reasons == {"cat/cat00.flac": "duplicate", "dog03_30000_40000.flac": "other_segment"}
+
+
+def test_loud_clip_is_scaled_as_a_whole_and_its_gain_is_kept(tmp_path):
+    wave = 0.9 * np.sin(np.arange(16000) * 0.1)
+    for name, peak in (("loud", 2.0), ("quiet", 0.5)):
+        path = tmp_path / "source" / f"{name}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, wave * peak, 16000, subtype="FLOAT")
+    pack(tmp_path / "source", tmp_path / "out", SETTINGS)
+    clips = {key: (samples, info) for key, samples, info in packed(tmp_path / "out")}
+    samples, info = clips["loud_0"]
+    assert info["gain"] == pytest.approx(1 / 1.8, rel=1e-3)
+    np.testing.assert_allclose(samples / 32768, wave * 2 * info["gain"], atol=2e-5)
+    assert "gain" not in clips["quiet_0"][1]
+    assert report(tmp_path / "out")["scaled_to_full_scale"] == 1
+
+
+def test_wav_cut_in_half_is_left_out(source, tmp_path):
+    content = encode(noise(16000), "wav")
+    (source / "half.wav").write_bytes(content[: len(content) // 2])
+    pack(source, tmp_path / "out", SETTINGS)
+    (entry,) = report(tmp_path / "out")["left_out"]
+    assert (entry["file"], entry["reason"]) == ("half.wav", "truncated")
+
+
+def test_damaged_ogg_page_is_found_in_a_file_too(source, tmp_path):
+    content = bytearray(encode(noise(160000), "ogg"))
+    content[len(content) // 2] ^= 0xFF
+    (source / "damaged.ogg").write_bytes(bytes(content))
+    pack(source, tmp_path / "out", SETTINGS)
+    (entry,) = report(tmp_path / "out")["left_out"]
+    assert (entry["file"], entry["reason"]) == ("damaged.ogg", "undecodable")
+
+
+def test_log_mels_are_those_of_the_clips_that_audio_shards_hold(source, tmp_path):
+    import torch
+
+    from msm_dist.features import LogMel
+
+    audio = pack(source, tmp_path / "audio", SETTINGS)
+    index = pack(source, tmp_path / "out", replace(SETTINGS, kind="logmel"))
+    assert (index.kind, index.num_clips, index.seconds) == ("logmel", 24, audio.seconds)
+    front_end, values = LogMel(Features()), []
+    clips = {key: samples for key, samples, _ in packed(tmp_path / "audio")}
+    for shard in index.shards:
+        with tarfile.open(shard.path) as tar:
+            for row in members(shard):
+                key = row["key"].decode()
+                content = tar.extractfile(f"{key}.logmel.npy").read()
+                assert (len(content), row["format"]) == (row["size"], b"logmel")
+                codes = np.load(io.BytesIO(content), allow_pickle=False)[: 1 + len(clips[key]) // 160]
+                stored = codes * front_end.code_step + CODE_LOW
+                exact = front_end(torch.from_numpy(clips.pop(key)[None]), centred=True)[0, 0].numpy().T
+                assert np.abs(stored - exact).max() <= front_end.code_step / 2 + 1e-3
+                values.append(stored)
+                assert json.load(tar.extractfile(f"{key}.json"))["origin"]
+    assert not clips
+    values = np.concatenate(values)
+    assert index.mean == pytest.approx(values.mean(), abs=1e-9)
+    assert index.std == pytest.approx(values.std(), abs=1e-9)
+    np.testing.assert_allclose(index.mel_mean, values.mean(axis=0), atol=1e-9)
+
+
+def test_folder_of_tars_is_sent_to_data_index(source, tmp_path):
+    pack(source, tmp_path / "out", SETTINGS)
+    with pytest.raises(DataError, match=r"3 tar shards are packed already.*msm-dist data index .*out/\*\.tar"):
+        pack(tmp_path / "out", tmp_path / "again", SETTINGS)
+    (tmp_path / "out" / "index.json").unlink()
+    with pytest.raises(DataError, match=r"3 tar shards hold the audio.*without a copy"):
+        pack(tmp_path / "out", tmp_path / "again", SETTINGS)
+
+
+@pytest.mark.parametrize("stop", (2, 7))
+def test_log_mels_stopped_on_the_way_continue_to_the_same_bytes(source, tmp_path, monkeypatch, stop):
+    settings = replace(SETTINGS, kind="logmel")
+    pack(source, tmp_path / "undisturbed", settings)
+    rename, names = Path.replace, []
+
+    def stopping(path, target):
+        names.append(target)
+        if len(names) == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stopping)
+        pack(source, tmp_path / "out", settings)
+    pack(source, tmp_path / "out", settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -283,6 +408,7 @@ def test_silent_folder_has_no_statistics(tmp_path):
         ({"seed": -1}, "--seed = -1"),
         ({"name": "../x"}, "--name = ../x"),
         ({"labels": Path("x.csv")}, "--labels = x.csv"),
+        ({"eval_csv": Path("x.csv"), "keep_evaluation": True}, "--eval-csv = x.csv leaves its clips out"),
     ],
 )
 def test_impossible_settings_are_refused(source, tmp_path, changes, message):
@@ -298,6 +424,7 @@ def test_impossible_settings_are_refused(source, tmp_path, changes, message):
         ({"segment_seconds": 5.0}, "segment_seconds was 10.0, is 5.0"),
         ({"name": "x"}, "first_shard was source-000000.tar, is x-000000.tar"),
         ({"features": Features(n_mels=64)}, "features was"),
+        ({"kind": "logmel"}, "kind was audio, is logmel"),
     ],
 )
 def test_folder_packed_with_other_settings_is_left_alone(source, tmp_path, changes, message):

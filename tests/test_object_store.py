@@ -1,11 +1,7 @@
 """Shards in an object store: an S3 emulator on loopback, in a process of its own."""
 
 import re
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ from msm_dist.data.plan import make_plan
 from msm_dist.data.storage import Access, Span, open_store
 from msm_dist.errors import DataError
 from tests.http_server import by_turns, serving
-from tests.processes import free_port
+from tests.s3_server import put, s3_serving
 from tests.shards import noise_clips, write_corpus
 from tests.test_crops import FEATURES, FRAMES
 
@@ -29,59 +25,24 @@ CONTENT = bytes(range(256)) * 40
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    """The URL of an S3 emulator."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+def emulator():
+    """The environment that leads to an S3 emulator."""
+    with s3_serving() as environment:
+        yield environment
 
 
 @pytest.fixture
-def s3(endpoint, monkeypatch):
-    """Puts a file or a folder into the bucket `corpora`."""
-    for name, value in access_to(endpoint).items():
+def s3(emulator, monkeypatch):
+    """Puts a folder's files into the bucket `corpora` of the store that the environment names."""
+    for name, value in emulator.items():
         monkeypatch.setenv(name, value)
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="corpora")
-
-    def put(folder: Path, place: str) -> None:
-        for path in folder.iterdir():
-            client.upload_file(str(path), "corpora", f"{place}/{path.name}")
-
-    return put
-
-
-def access_to(endpoint: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "HIDDEN",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    return partial(put, emulator)
 
 
 @pytest.fixture
 def corpus(tmp_path, s3):
     index = write_corpus(tmp_path / "corpus", noise_clips(70), clips_per_shard=24)
-    s3(index.root, "noise")
+    s3(index.root, "corpora", "noise")
     return index
 
 
@@ -103,7 +64,7 @@ def test_missing_and_cut_off_objects_are_told_apart(corpus, tmp_path, s3):
     assert check_shards(index, "size", allow_missing=True, access=PATIENT) == {1}
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "noise-000001.tar").write_bytes(b"short")
-    s3(tmp_path / "cut", "noise")
+    s3(tmp_path / "cut", "corpora", "noise")
     with pytest.raises(DataError, match="noise-000001.tar: 5 bytes, index.json says"):
         check_shards(index, "size", access=PATIENT)
     store = open_store(index.location, PATIENT)

@@ -8,6 +8,7 @@ import pytest
 
 from msm_dist.data.index import load_index, members
 from tests.http_server import serving
+from tests.s3_server import put, s3_serving
 from tests.test_pretrain import Runs, finish, wait_for
 
 pytestmark = pytest.mark.distributed
@@ -154,3 +155,20 @@ def test_missing_and_damaged_shards_are_told_before_the_run_begins(runs, server)
     assert codes == [2], output
     assert f"{server.url}/holed/clips-000001.tar: sha256" in output
     assert "Traceback" not in output
+
+
+def test_run_on_an_object_store_equals_one_on_local_files(runs):
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with s3_serving() as environment:
+        put(environment, runs.train, "corpora", "train")
+        put(environment, runs.valid, "corpora", "valid")
+        where = ("data.shards=s3://corpora/train", "data.valid_shards=s3://corpora/valid/")
+        settings = (*SHORT, *where, "data.read_timeout_seconds=20", "data.verify=digest")
+        codes, output = runs.run("object-store", *settings, ranks=1, KILL="step:5", **environment)
+        assert codes == [-signal.SIGKILL], output
+        codes, output = runs.run("object-store", *settings, ranks=1, **environment)
+    assert codes == [0], output
+    assert "continued from" in output
+    assert same_as_local(runs, "object-store")
+    assert "HIDDEN" not in output + (runs.folder / "object-store" / "config.yaml").read_text()

@@ -9,9 +9,10 @@ import pytest
 from msm_dist.config import Features
 from msm_dist.data.index import file_sha256, load_index, member_table, members, write_index, write_members
 from msm_dist.data.shards import index_shards
-from msm_dist.data.verify import verify_shards
+from msm_dist.data.verify import num_processes, verify_shards
 from msm_dist.errors import DataError
 from tests.audio_files import encode, noise
+from tests.http_server import serving
 from tests.test_data_commands import run
 from tests.test_shards import write_tar
 
@@ -65,3 +66,32 @@ def test_the_command_says_what_it_compared_and_how_fast(tmp_path):
     (tmp_path / "b.tar").unlink()
     with pytest.raises(DataError, match="1 faults(.|\n)*b.tar: missing"):
         run("verify", tmp_path, "--workers", 1)
+
+
+def test_a_corpus_behind_a_url_is_verified_and_looked_into(tmp_path):
+    folder = tmp_path / "files"
+    tars = [write_tar(folder / f"{name}.tar", {f"{name}.flac": encode(noise(8000))}) for name in ("a", "b")]
+    index_shards(tars, Features())
+    with serving(folder) as server:
+        output = run("verify", server.url, "--workers", 1)
+        assert "(sizes, digests, tables of clips)" in output
+        with pytest.raises(DataError, match="--decode is for shards on this machine"):
+            run("verify", server.url, "--decode", "--workers", 1)
+        assert "2 clips" in run("inspect", server.url)
+        assert "looked up in shards on this machine only" in run("inspect", server.url, "b", "--out", tmp_path / "out")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.wav", "b.png"}
+        content = bytearray(tars[1].read_bytes())
+        content[2000] ^= 1
+        tars[1].write_bytes(content)
+        with pytest.raises(DataError, match="b.tar: sha256"):
+            run("verify", server.url, "--workers", 1)
+
+
+def test_processes_are_started_where_they_are_worth_it(tmp_path):
+    tars = [write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(8000))}) for name in ("a", "b", "c")]
+    index = index_shards(tars, Features())
+    assert num_processes(index, decode_clips=False, workers=8) == 1
+    assert num_processes(index, decode_clips=True, workers=8) == 3
+    large = replace(index, shards=tuple(replace(shard, bytes=3 * 2**30) for shard in index.shards))
+    assert num_processes(large, decode_clips=False, workers=8) == 3
+    assert num_processes(large, decode_clips=False, workers=2) == 2

@@ -143,7 +143,7 @@ def verify(
     """Compare shards with their index: sizes, digests, sidecars, headers. Exit code 2 if anything is damaged."""
     from msm_dist.data.index import listed
     from msm_dist.data.storage import is_remote
-    from msm_dist.data.verify import verify_shards
+    from msm_dist.data.verify import num_processes, verify_shards
 
     found = _packed(folder)
     start = time.perf_counter()
@@ -155,8 +155,11 @@ def verify(
     _show(found)
     checked = ["sizes", "digests", "tables of clips"] + ([] if is_remote(folder) else ["the header of every clip"])
     typer.echo(f"all shards are as indexed ({', '.join(checked)})" + (", every clip decodes" if decode else ""))
-    size, used = sum(shard.bytes for shard in found.shards) / 1e6, min(workers, len(found.shards))
-    typer.echo(f"{size:.1f} MB in {seconds:.2f} s: {size / seconds:.0f} MB/s with {used} processes")
+    size, used = sum(shard.bytes for shard in found.shards) / 1e6, num_processes(found, decode, workers)
+    speed = f"{size / seconds:.0f} MB/s" + (
+        f", {size / seconds / used:.0f} in each of {used} processes" if used > 1 else ""
+    )
+    typer.echo(f"{size:.1f} MB in {seconds:.2f} s: {speed}")
 
 
 @app.command()

@@ -23,6 +23,8 @@ from msm_dist.data.storage import Access, is_remote, open_store
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 
+BYTES_PER_PROCESS = 2**32  # a process takes seconds to start, and one reads gigabytes in them
+
 Task = tuple[Index, bool, Access]
 """An index of one shard, whether to decode its clips, how remote files are read."""
 
@@ -39,10 +41,16 @@ def verify_shards(
         raise DataError(f"{index.location}: --decode is for shards on this machine; copy them, or verify without it")
     faults = {}
     tasks = [(replace(index, shards=(shard,)), decode_clips, access) for shard in index.shards]
-    for name, found in run_tasks(_verify_shard, tasks, workers):
+    for name, found in run_tasks(_verify_shard, tasks, num_processes(index, decode_clips, workers)):
         faults[name] = found
         progress("verifying", len(faults), len(index.shards))
     return [fault for shard in index.shards for fault in faults[shard.name]]
+
+
+def num_processes(index: Index, decode_clips: bool, workers: int) -> int:
+    """How many of `workers` are worth their start."""
+    worth = len(index.shards) if decode_clips else 1 + sum(shard.bytes for shard in index.shards) // BYTES_PER_PROCESS
+    return min(workers, len(index.shards), worth)
 
 
 def _verify_shard(task: Task) -> tuple[str, list[str]]:

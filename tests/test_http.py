@@ -1,16 +1,20 @@
 """Shards over HTTP: the right bytes through every fault that passes, one message for those that don't."""
 
+import contextlib
 import logging
 import re
+import threading
 
 import numpy as np
 import pytest
 
+from msm_dist.config import BatchLayout, Data
 from msm_dist.data import remote
 from msm_dist.data.crops import CropReader, Source
-from msm_dist.data.index import check_shards, load_index, members
+from msm_dist.data.index import check_shards, load_index, members, tables
 from msm_dist.data.plan import make_plan
 from msm_dist.data.storage import Access, Span, open_store
+from msm_dist.data.stream import make_loader
 from msm_dist.errors import DataError
 from tests.http_server import Server, by_turns, serving
 from tests.shards import noise_clips, write_corpus
@@ -250,6 +254,39 @@ def test_missing_index_and_damaged_sidecar_are_one_message_each(corpus, tmp_path
     path.unlink()
     with pytest.raises(DataError, match=r"noise-000000.members.npy: .*can't be read \(status 404\)"):
         members(index.shards[0])
+
+
+def test_index_and_sidecars_that_come_to_harm_on_the_way_are_read_again(corpus):
+    corpus.faults = by_turns("short")
+    index = load_index(f"{corpus.url}/corpus", PATIENT)
+    assert [len(table) for table in tables(index.shards, open_store(index.location, PATIENT))] == [24, 24, 22]
+    assert len(corpus.log) == 8
+
+
+def test_a_workers_fault_comes_in_its_turn_though_another_worker_is_late(corpus, tmp_path):
+    local, far = load_index(str(tmp_path / "files" / "corpus")), load_index(f"{corpus.url}/corpus", PATIENT)
+    plan = make_plan([shard.clips for shard in far.shards], 7, None, 4, 16, 1)
+    layout = BatchLayout(1, 4, 2, 2, 1)
+    batch = next(make_loader(plan, local, FEATURES, Data(num_workers=0, crop_frames=FRAMES, block=4), layout, rank=0))
+    rows = [row for table in tables(local.shards) for row in table]
+    first = {int(rows[clip]["offset"]) for clip in batch.sample_ids[:, 1].tolist()}
+    slow, gone = by_turns("stall"), threading.Event()
+
+    def faults(request):
+        if request.start in first:
+            # Worker 0 is late until long after the other one has ended.
+            return slow(request) if gone.is_set() or request.start < 0 else "stall"
+        if request.start >= 0:
+            gone.set()
+            return "gone"
+        return None
+
+    corpus.faults = faults
+    data = Data(num_workers=2, crop_frames=FRAMES, block=4, read_timeout_seconds=4, read_retries=9)
+    with contextlib.closing(make_loader(plan, far, FEATURES, data, layout, rank=0)) as loader:
+        assert next(loader).keys == batch.keys
+        with pytest.raises(DataError, match="is no longer there"):
+            next(loader)
 
 
 def test_crops_over_http_are_those_of_local_files_and_take_one_request_per_clip(corpus, tmp_path):

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ UNFINISHED_NAME = ".pack"
 MEMBERS_SUFFIX = ".members.npy"
 REPORTED_AT_ONCE = 20
 PIECE_BYTES, PIECES_AT_ONCE = 4 * 2**20, 8  # of a remote shard while its digest is taken
+READ_AGAIN = 2  # small remote files that arrive as others than they are
 ACCESS = Access()
 
 log = logging.getLogger(__name__)
@@ -217,9 +219,10 @@ def members(shard: Shard, store: Store | None = None) -> np.ndarray:
 
 def tables(shards: Sequence[Shard], store: Store | None = None) -> list[np.ndarray]:
     """The clips of shards, as of `members`; remote sidecars are read several at once. Raises DataError."""
-    paths = [shard.members_location for shard in shards]
+    if not shards:
+        return []
     try:
-        contents = (store or open_store(paths[0], ACCESS)).read(paths)
+        contents = _read_tables(shards, store or open_store(shards[0].location, ACCESS))
     except OSError as error:
         fault = f"the table of a shard's clips can't be read ({error.strerror})"
         raise DataError(f"{error.filename}: {fault}; {_sidecar_remedy(error.filename)}") from None
@@ -314,7 +317,7 @@ def _read_index(root: str, store: Store) -> Index:
     root = root.rstrip("/") if is_remote(root) else str(Path(root))
     path = join(root, INDEX_NAME)
     try:
-        entry = _IndexFile.model_validate_json(store.read([path])[0])
+        entry = _parse_index(path, store)
     except FileNotFoundError:
         raise DataError(_absent(root)) from None
     except OSError as error:
@@ -331,6 +334,14 @@ def _read_index(root: str, store: Store) -> Index:
         official = Official(**entry.official.model_dump() | {"tables": tuple(entry.official.tables)})
     rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features", "made_from"})
     return Index(location=root, shards=shards, mel_mean=mel_mean, official=official, **rest)
+
+
+def _parse_index(path: str, store: Store) -> _IndexFile:
+    """What index.json says; a remote one that came to harm on the way is read again. Raises ValidationError."""
+    for _ in range(READ_AGAIN if is_remote(path) else 0):
+        with suppress(ValidationError):
+            return _IndexFile.model_validate_json(store.read([path])[0])
+    return _IndexFile.model_validate_json(store.read([path])[0])
 
 
 def _contradictions(entry: _IndexFile) -> Iterable[str]:
@@ -387,6 +398,23 @@ def _streamed_sha256(shard: Shard, store: Store) -> str:
         for content in store.fetch(group):
             digest.update(content)
     return digest.hexdigest()
+
+
+def _read_tables(shards: Sequence[Shard], store: Store) -> list[bytes]:
+    """Sidecars, unchecked; remote ones that came to harm on the way are read again."""
+    paths = [shard.members_location for shard in shards]
+    contents = store.read(paths)
+    for _ in range(READ_AGAIN):
+        harmed = [i for i, shard in enumerate(shards) if is_remote(paths[i]) and _harmed(contents[i], shard)]
+        if not harmed:
+            break
+        for i, content in zip(harmed, store.read([paths[i] for i in harmed]), strict=True):
+            contents[i] = content
+    return contents
+
+
+def _harmed(sidecar: bytes, shard: Shard) -> bool:
+    return hashlib.sha256(sidecar).hexdigest() != shard.members_sha256
 
 
 def _checked_table(shard: Shard, content: bytes) -> np.ndarray:

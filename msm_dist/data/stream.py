@@ -124,9 +124,10 @@ class Loader:
         except (RuntimeError, OSError, EOFError) as error:
             late = str(error).startswith(LATE) and all(helper.is_alive() for helper in self._helpers)
             # What DataLoader raises for a dead worker depends on where it was.
-            dead = connection.wait([worker.sentinel for worker in self._workers], timeout=0 if late else 1)
-            if dead:
-                raise DataError(_epitaph(next(w for w in self._workers if w.sentinel in dead))) from error
+            ended = connection.wait([worker.sentinel for worker in self._workers], timeout=0 if late else 1)
+            # One that met a fault ends after it, with exit code 0; its fault comes in its turn, after what is late.
+            if died := [worker for worker in self._workers if worker.sentinel in ended and _exit_code(worker)]:
+                raise DataError(_epitaph(died[0])) from error
             if not late:
                 raise
             return None
@@ -271,9 +272,13 @@ def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _epitaph(worker: multiprocessing.Process) -> str:
+def _exit_code(worker: multiprocessing.Process) -> int:
     # Its end of the sentinel closes a moment before its exit code is known.
     worker.join()
+    return worker.exitcode
+
+
+def _epitaph(worker: multiprocessing.Process) -> str:
     code = worker.exitcode
     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return (

@@ -19,6 +19,7 @@ from msm_dist.data.plan import (
     micro_batch_blocks,
     permutation,
     philox4x32,
+    valid_worlds,
 )
 from msm_dist.errors import ConfigError, DataError
 
@@ -378,3 +379,21 @@ def test_lanes_that_do_not_spread_evenly_are_refused_with_the_valid_choices():
         check_lanes(plan, 3, 1)
     with pytest.raises(ConfigError, match="choose fewer processes and loader workers"):
         check_lanes(plan, 17, 17)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 96, 128, 240, 480, 30_720 // 16])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 8])
+def test_valid_worlds_are_all_that_spread_evenly(lanes, workers):
+    expected = [world for world in range(1, lanes + 1) if lanes % (world * max(1, workers)) == 0]
+    assert valid_worlds(lanes, workers) == expected
+
+
+def test_a_large_world_is_told_the_choices_around_it():
+    plan = make_plan([1000] * 2000, 0, None, 8, 1024, 1)
+    with pytest.raises(ConfigError) as error:
+        check_lanes(plan, 1024, 8)
+    text = str(error.value)
+    assert "data.lanes from the multiples of 8192 up to 24576" in text
+    assert "a number of processes from 128, 160, 192, 240, 256, 320, 384, 480, 640, 768, 960, 1280," in text
+    for lanes in (8192, 16_384, 24_576):
+        check_lanes(make_plan([1000] * 2000, 0, lanes, 8, 1024, 1), 1024, 8)

@@ -33,7 +33,7 @@ from msm_dist.data.verify import verify_shards
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel
 from tests.audio_files import encode, noise, write_audio
-from tests.bad_clips import AT_PACKING, KINDS, break_clips, broken, write_files
+from tests.bad_clips import AT_PACKING, KINDS, break_clip, break_clips, broken, write_files
 from tests.corpus import sounds
 from tests.test_pretrain import Runs
 from tests.test_shards import write_tar
@@ -292,3 +292,28 @@ def test_stored_log_mels_of_another_front_end_are_refused(tmp_path):
     plan = make_plan([70], 0, None, 4, 16, 1)
     with pytest.raises(DataError, match="64 bands"):
         CropReader(Source(plan, index, Features(n_mels=64), 64)).read(np.array([(0, 1, 0)]))
+
+
+@pytest.mark.parametrize("crops_per_clip", [1, 2])
+def test_clips_that_are_bad_in_places_give_the_same_blocks_however_they_are_read(tmp_path, crops_per_clip):
+    files = [write_audio(tmp_path / "audio" / f"{i:02d}.flac", noise(48000, seed=i)) for i in range(70)]
+    index = pack(tmp_path / "audio", tmp_path / "out", PackSettings(shard_clips=35))
+    plan = make_plan([35, 35], 0, None, 4, 16, crops_per_clip)
+    source = Source(plan, index, Features(), 64)
+    assert len(files) == plan.num_clips
+    whole = CropReader(source).blocks(range(60))
+    broken_ones = range(0, 70, 2)
+    for clip in broken_ones:
+        break_clip(index, clip, "flipped")
+    together = CropReader(source).blocks(range(60))
+    one_by_one = [CropReader(source).blocks([number]) for number in range(60)]
+    assert np.array_equal(together.sample_ids, np.concatenate([block.sample_ids for block in one_by_one]))
+    assert np.array_equal(together.values, np.concatenate([block.values for block in one_by_one]))
+    assert together.num_bad == sum(block.num_bad for block in one_by_one)
+    kept = (together.sample_ids == whole.sample_ids).all(axis=1)
+    assert np.array_equal(together.values[kept], whole.values[kept]), "no damaged sound is served"
+    assert together.num_bad == (~kept).sum()
+    of_broken = np.isin(whole.sample_ids[:, 1], broken_ones)
+    assert kept[~of_broken].all()
+    # A crop of 0.64 s misses the broken frame of a clip of 3 s more often than not; a clip with two crops less often.
+    assert 0 < together.num_bad < of_broken.sum()

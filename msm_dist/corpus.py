@@ -13,10 +13,10 @@ from itertools import groupby
 from typing import Any
 
 from msm_dist.config import BatchLayout, Config, Data, Features
-from msm_dist.data.index import Index, Official, check_shards, load_index
+from msm_dist.data.index import ACCESS, Index, Official, check_shards, load_index
 from msm_dist.data.mix import MixedPlan, make_mix
 from msm_dist.data.plan import Plan, check_lanes, make_plan
-from msm_dist.data.storage import access_of, split
+from msm_dist.data.storage import Access, access_of, split
 from msm_dist.errors import ConfigError, DataError
 
 
@@ -56,11 +56,11 @@ def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
     return Corpus(index, plan, features, frozenset(missing), total_steps, warmup, sources)
 
 
-def check_digests(index: Index, rank: int, world_size: int) -> None:
+def check_digests(index: Index, rank: int, world_size: int, access: Access = ACCESS) -> None:
     """Compare this rank's share of the shards with their digests; reads all of them. Raises DataError."""
     mine = sorted(index.shards[rank::world_size], key=lambda shard: split(shard.location)[0])
     for folder, shards in groupby(mine, key=lambda shard: split(shard.location)[0]):
-        check_shards(replace(index, location=folder, shards=tuple(shards)), "digest", allow_missing=True)
+        check_shards(replace(index, location=folder, shards=tuple(shards)), "digest", allow_missing=True, access=access)
 
 
 def front_end_settings(features: Features, index: Index) -> Features:

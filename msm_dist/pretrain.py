@@ -24,6 +24,7 @@ import torch
 from msm_dist import extension, monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, corpus_identity, open_corpus, plan_identity
+from msm_dist.data.storage import access_of
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
@@ -314,7 +315,8 @@ def build(
     world.on_main(lambda: compare_plan(folder, identity))
     saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps, layout))
     if cfg.data.verify == "digest":
-        world.together(lambda: check_digests(corpus.index, world.rank, world.size), DataError)
+        access = access_of(cfg.data)
+        world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)
     model = extension.build_seeded(build_model, cfg)
     is_configured = extension.has_configured_parameters(model, cfg)
     notes = [change] if change else []

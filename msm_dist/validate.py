@@ -92,7 +92,7 @@ class Validation:
             index = load_index(cfg.data.valid_shards, access)
             missing = check_shards(index, "size", cfg.data.allow_missing_shards, access)
             if cfg.data.verify == "digest":
-                check_digests(index, world.rank, world.size)
+                check_digests(index, world.rank, world.size, access)
         except DataError as error:
             raise DataError(f"data.valid_shards = {cfg.data.valid_shards}: {error}") from None
         clips = [shard.clips for shard in index.shards]

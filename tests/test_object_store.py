@@ -1,7 +1,11 @@
 """Shards in an object store: an S3 emulator on loopback, in a process of its own."""
 
+import json
 import re
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -110,6 +114,54 @@ def test_faults_of_the_store_are_tried_again_and_told(tmp_path, s3, monkeypatch)
         server.faults = lambda request: "forbidden"
         with pytest.raises(DataError, match="no access"):
             open_store("s3://corpora", quick).fetch([span])
+
+
+class GoogleStorage(BaseHTTPRequestHandler):
+    """The two requests of Google's JSON interface that reads are made of: an object's data sheet and its bytes."""
+
+    protocol_version = "HTTP/1.1"
+    faults = 0
+
+    def do_GET(self):
+        path, range_ = unquote(self.path), self.headers.get("Range")
+        status, body = 404, b"{}"
+        if type(self).faults:
+            type(self).faults -= 1
+            status = 503
+        elif path.startswith("/storage/v1/b/bucket/o?"):
+            status = 200
+        elif path.endswith("/o/x/a.bin"):
+            status, body = 200, json.dumps({"name": "x/a.bin", "bucket": "bucket", "size": str(len(CONTENT))}).encode()
+        elif path.startswith("/download/") and range_:
+            start, _, last = range_.removeprefix("bytes=").partition("-")
+            status, body = 206, CONTENT[int(start) : int(last) + 1]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        """Nothing."""
+
+
+def test_google_storage_is_read_by_its_own_interface(monkeypatch):
+    pytest.importorskip("gcsfs")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GoogleStorage)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_address[1]}")
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        store = open_store("gs://bucket/x", PATIENT)
+        GoogleStorage.faults = 1
+        assert store.sizes(["gs://bucket/x/a.bin", "gs://bucket/x/none.bin"]) == [len(CONTENT), None]
+        assert store.read(["gs://bucket/x/a.bin"]) == [CONTENT]
+        span = Span("gs://bucket/x/a.bin", len(CONTENT), 10, 300)
+        GoogleStorage.faults = 1
+        assert bytes(store.fetch([span])[0]) == CONTENT[10:300]
+        with pytest.raises(DataError, match="its index says"):
+            store.fetch([span._replace(size=len(CONTENT) + 1)])
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_no_credentials_are_one_message(s3, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ none will: no access, no such package, an object of another size.
 
 import asyncio
 import errno
+import os
 import re
 import threading
 from collections.abc import Callable, Coroutine
@@ -102,6 +103,8 @@ def _file_system(location: str, access: Access):
     scheme = location.partition("://")[0]
     if "::" in location:
         raise DataError(f"data.shards = {location}: chained URLs (::) are not read; name the files themselves")
+    # Else gcsfs asks by gRPC what kind of bucket it is, at each request if in vain; gRPC does not survive a fork.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
         from fsspec.asyn import AsyncFileSystem

@@ -14,6 +14,7 @@ from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.index import check_shards, load_index, members, tables
 from msm_dist.data.plan import make_plan
 from msm_dist.data.storage import Access, Span, open_store
+from msm_dist.data.stores import FolderStores
 from msm_dist.data.stream import make_loader
 from msm_dist.errors import DataError
 from tests.http_server import Server, by_turns, serving
@@ -254,6 +255,15 @@ def test_missing_index_and_damaged_sidecar_are_one_message_each(corpus, tmp_path
     path.unlink()
     with pytest.raises(DataError, match=r"noise-000000.members.npy: .*can't be read \(status 404\)"):
         members(index.shards[0])
+
+
+def test_a_mixture_takes_each_file_from_where_it_lies(server, corpus, tmp_path):
+    path = tmp_path / "files" / "a.bin"
+    places = [(str(path), 0, 10), (f"{server.url}/a.bin", 5, 30), (f"{corpus.url}/a.bin", 90, 99), (str(path), 7, 9)]
+    spans = [Span(location, len(CONTENT), start, stop) for location, start, stop in places]
+    store = FolderStores(PATIENT)
+    assert [bytes(found) for found in store.fetch(spans)] == [CONTENT[start:stop] for _, start, stop in places]
+    assert (server.ranges(), corpus.ranges()) == ([("a.bin", 5, 30)], [("a.bin", 90, 99)])
 
 
 def test_index_and_sidecars_that_come_to_harm_on_the_way_are_read_again(corpus):

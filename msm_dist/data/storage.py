@@ -108,8 +108,8 @@ def open_store(location: str, access: Access) -> Store:
     check_location(location)
     if location.startswith("pipe:"):
         raise DataError(
-            "data.shards = pipe:...: a command's output has neither a length nor an offset, so a crop would cost a "
-            "whole shard; copy the shards to a disk, or serve them by http, s3 or gs"
+            "data.shards = pipe:...: commands are not run: each clip is read at its own offset, which the output of a "
+            "command does not have. Copy the shards to a disk first (docs/data.md), or name their http, s3 or gs URL"
         )
     from msm_dist.data.remote import RemoteFiles
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import tarfile
 from dataclasses import replace
 
@@ -92,17 +93,16 @@ class BrokenRuns(Runs):
 def runs(tmp_path_factory):
     runs = BrokenRuns(tmp_path_factory.mktemp("runs"))
     runs.train_on("whole", runs.whole)
+    runs.output = runs.train_on("broken", runs.broken)
     return runs
 
 
 @pytest.mark.distributed
 def test_a_corpus_of_broken_clips_and_shards_trains_to_the_end_in_its_order(runs):
     assert len(runs.bad) == CLIPS // 20 == 3 * len(KINDS)
-    name = "broken"
-    output = runs.train_on(name, runs.broken)
-    assert "missing    2 of 10 shards" in output
-    assert "official   600 of 1,200 clips of own_segments.csv (manifest 555555555555)" in output
-    served, whole = runs.trace(name), runs.trace("whole")
+    assert "missing    2 of 10 shards" in runs.output
+    assert "official   600 of 1,200 clips of own_segments.csv (manifest 555555555555)" in runs.output
+    served, whole = runs.trace("broken"), runs.trace("whole")
     assert len(served) == len(whole) == STEPS * BATCH
     lost = runs.bad | runs.missing
 
@@ -128,18 +128,29 @@ def test_a_corpus_of_broken_clips_and_shards_trains_to_the_end_in_its_order(runs
     bad = sum(record["key"] in runs.bad for record in whole)
     missing = sum(record["key"] in runs.missing for record in whole)
     assert bad >= 2 * len(runs.bad) and missing >= 2 * len(runs.missing) == 4 * SHARD_CLIPS
-    assert runs.counts(name) == (bad, missing)
+    assert runs.counts("broken") == (bad, missing)
 
 
 @pytest.mark.distributed
 def test_ranks_and_workers_do_not_change_what_a_broken_corpus_gives(runs):
-    for name, ranks, workers in (("one", 1, 0), ("workers", 1, 2), ("ranks", 2, 1)):
+    for name, ranks, workers in (("here", 1, 0), ("workers", 1, 2), ("ranks", 2, 1)):
         output = runs.train_on(name, runs.broken, f"data.num_workers={workers}", ranks=ranks)
         named = re.findall(r"clip (\S+): .* stands in for it", output)
         assert set(named) == runs.bad
         assert workers or len(named) == len(runs.bad), "a process names a clip once"
-    assert runs.trace("one") == runs.trace("workers") == runs.trace("ranks")
-    assert runs.counts("one") == runs.counts("workers") == runs.counts("ranks")
+        assert runs.trace(name) == runs.trace("broken")
+        assert runs.counts(name) == runs.counts("broken")
+
+
+@pytest.mark.distributed
+def test_a_killed_run_counts_bad_clips_on_from_its_checkpoint(runs):
+    settings = [f"data.shards={runs.broken.root}", *SETTINGS, "checkpoint.every=20"]
+    codes, output = runs.run("killed", *settings, ranks=1, KILL="step:50")
+    assert codes == [-signal.SIGKILL], output
+    output = runs.train_on("killed", runs.broken, "checkpoint.every=20")
+    assert "continued from" in output
+    assert runs.trace("killed") == runs.trace("broken")
+    assert runs.counts("killed") == runs.counts("broken")
 
 
 @pytest.mark.distributed

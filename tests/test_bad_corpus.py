@@ -30,6 +30,7 @@ from msm_dist.data.index import (
 from msm_dist.data.logmel import HEADER_BYTES, SUFFIX, encode_clip
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.data.plan import fill_block, make_plan
+from msm_dist.data.shards import measure_shards
 from msm_dist.data.verify import verify_shards
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel
@@ -296,6 +297,8 @@ def test_damage_in_a_stored_log_mel_is_what_the_digest_of_its_shard_is_for(tmp_p
     renewed = replace(index, shards=(replace(index.shards[0], sha256=file_sha256(index.shards[0].path)),))
     (fault,) = verify_shards(renewed, decode_clips=True)
     assert "clip5" in fault and "header" in fault
+    with pytest.raises(DataError, match="statistics were taken as they were made"):
+        measure_shards(index, Features())
 
 
 def test_stored_log_mels_of_another_front_end_are_refused(tmp_path):

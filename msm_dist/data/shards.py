@@ -87,6 +87,11 @@ def measure_shards(index: Index, features: Features, workers: int = 1, progress:
 
     Raises DataError if a shard or clip is not what the index says.
     """
+    if index.kind == "logmel":
+        raise DataError(
+            f"{index.location}: holds stored log-mels; their statistics were taken as they were made; for another "
+            "front end pack them again from their audio"
+        )
     whole = load_index(str(index.root))
     if whole.num_clips != index.num_clips:
         raise DataError(

@@ -58,6 +58,16 @@ def make_sound(number: int) -> np.ndarray:
     return np.rint(np.concatenate(parts)[:SAMPLES] * 32767).astype(np.int16)
 
 
+def encode_sound(samples: np.ndarray, codec: str) -> bytes:
+    """The bytes of a file of int16 [S]."""
+    container, subtype = CODECS[codec]
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", RATE, 1, subtype, format=container) as sound:
+        for start in range(0, len(samples), OGG_PIECE):
+            sound.write(samples[start : start + OGG_PIECE])
+    return file.getvalue()
+
+
 def files_of(folder: Path) -> list[Path]:
     """Its files with data."""
     return sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".npy"))
@@ -88,19 +98,10 @@ def _write_shards(folder: Path, clips: list[np.ndarray], codec: str) -> None:
     for shard in range(NUM_SHARDS):
         with tarfile.open(folder / f"clips-{shard:06d}.tar", "w") as tar:
             for number in range(shard * each, (shard + 1) * each):
-                content = _encode(clips[number], codec)
+                content = encode_sound(clips[number], codec)
                 member = tarfile.TarInfo(f"clip{number:06d}.{SUFFIXES.get(codec, codec)}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-
-
-def _encode(samples: np.ndarray, codec: str) -> bytes:
-    container, subtype = CODECS[codec]
-    file = io.BytesIO()
-    with soundfile.SoundFile(file, "w", RATE, 1, subtype, format=container) as sound:
-        for start in range(0, len(samples), OGG_PIECE):
-            sound.write(samples[start : start + OGG_PIECE])
-    return file.getvalue()
 
 
 def _write_files(folder: Path, shards: Path) -> None:

@@ -111,7 +111,8 @@ def decode_crops(
     The clip counts as `num_samples` long: what it lacks is silence at its end. Positions before 0 or from
     num_samples on are reflected about the first and the last sample (numpy's "reflect"), so that a crop's
     uncentred spectrogram equals the slice of the whole clip's centred one. Only the spans are decoded where
-    the file already has the rate, what two share once; 16-bit mono then keeps its very samples.
+    the file already has the rate, what two share once; 16-bit mono then keeps its very samples. Opus is decoded from
+    the beginning.
     """
     places = [_places(start, length, num_samples) for start in starts]
     with _opened(encoded) as sound:
@@ -119,6 +120,9 @@ def decode_crops(
         if packed and found != packed:
             raise BadClip("changed", f"{_described(found)}; packed was {_described(packed)}")
         spans = _joined([(low, high) for low, high, _ in places])
+        if sound.subtype == "OPUS":
+            # Its decoder goes on from what it last heard: seconds after a seek a voice can still be noise.
+            spans = [(0, spans[-1][1])]
         if sound.samplerate == sample_rate:
             exact = sound.subtype == "PCM_16" and sound.channels == 1
             read = [

@@ -23,6 +23,7 @@ FAULTS = (
     "502",
     "503",
     "429",
+    "chatty",  # 503 with a body of chunks
     "busy",  # 503 with Retry-After: 1
     "stall",  # no answer
     "stall-body",  # half of the body, then nothing
@@ -149,6 +150,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.folder / name.removeprefix("again/")
         if fault in ("reset", "stall"):
             self._drop(stall=fault == "stall")
+        elif fault == "chatty":
+            self.send_response(503)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"5\r\nsorry\r\n0\r\n\r\n" if self.command == "GET" else b"")
         elif fault and (fault.isdigit() or fault in STATUSES):
             self._status(STATUSES.get(fault) or int(fault), {"Retry-After": "1"} if fault == "busy" else {})
         elif fault == "loop" or (fault == "redirect" and not name.startswith("again/")):

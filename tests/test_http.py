@@ -27,7 +27,7 @@ SLOW = ("stall", "stall-body", "trickle")
 CONTENT = np.random.default_rng(0).bytes(300_000)
 PASSING = (
     *("500", "502", "503", "429", "busy", "stall", "stall-body", "trickle"),
-    *("reset", "truncate", "short", "long", "range", "unsaid"),
+    *("reset", "truncate", "short", "long", "range", "unsaid", "chatty"),
 )
 
 

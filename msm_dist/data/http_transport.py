@@ -98,9 +98,11 @@ class HttpTransport:
                 raise
             raise self._fault(location, error) from None
         finally:
-            # Read to its end it has gone back to the pool before; else its connection is not to be used again.
-            if answer is not None:
-                answer.close() if answer.length_remaining else answer.release_conn()
+            # Where something is left of the body its connection can't be used again.
+            if answer is not None and answer.length_remaining == 0:
+                answer.release_conn()
+            elif answer is not None:
+                answer.close()
 
     def _fault(self, location: str, error: Exception) -> Exception:
         cause = getattr(error, "reason", error)

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.measure import RESULTS, ROOT, Target, table, targets_table, writ
 
 TURNS = 3
 BATCH = 256
+PACKAGES = ("numpy", "soundfile", "torchaudio", "webdataset")
 GPU_CROPS = 37_000  # that one GPU of the reference eats in a second (docs/data.md)
 FULL, QUICK = Size(256, 1.5, TURNS, BATCH), Size(32, 0.15, 1, 32)
 
@@ -54,9 +56,16 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         print(f"{size.clips} clips of 10 s at 16 kHz in each form; every reader's crops are as they should be\n")
         content = measure(root, size)
-    path = write_results(options.out, "data", {"size": size._asdict(), "cores": os.cpu_count(), **content})
+    about = {"processor": processor(), "cores": os.cpu_count(), "versions": {name: version(name) for name in PACKAGES}}
+    path = write_results(options.out, "data", {**about, "size": size._asdict(), **content})
     print(f"\nwritten: {path}")
     return 0
+
+
+def processor() -> str:
+    """Its name, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def measure(root: Path, size: Size) -> dict[str, Any]:

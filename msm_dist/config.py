@@ -91,7 +91,7 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     """Start although shards of the index are missing or cut off; their slots are filled from neighbours."""
     read_timeout_seconds: float = Field(30.0, gt=0, le=3600)
     """How long a remote read may go without a byte before it is tried again."""
-    read_retries: int = Field(5, ge=0, le=100)
+    read_retries: int = Field(10, ge=0, le=100)
     """How often a remote read that failed is tried again, after growing pauses, before the run stops."""
     connections: int = Field(8, ge=1, le=256)
     """Parallel requests of each loader process to a remote store."""

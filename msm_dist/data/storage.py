@@ -31,7 +31,7 @@ class Access(NamedTuple):
     """How remote files are read: seconds without a byte that end an attempt, further attempts, parallel requests."""
 
     timeout: float = 30.0
-    retries: int = 5
+    retries: int = 10
     connections: int = 8
 
 

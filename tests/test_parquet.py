@@ -174,6 +174,16 @@ def test_other_layouts_of_the_columns_are_read(tmp_path):
         assert found["one_0"]["labels"] == ([] if name == "labels_as_numbers" else ["/m/a", "/m/b"])
 
 
+def test_rows_without_a_name_are_called_by_their_place(tmp_path):
+    audio = pyarrow.array([encode(noise(4000, seed=n)) for n in range(3)], pyarrow.large_binary())
+    for folder, columns in (("a", {}), ("b", {"id": [7, 8, None]})):
+        (tmp_path / folder).mkdir()
+        parquet.write_table(pyarrow.table({"audio": audio, **columns}), tmp_path / folder / "x.parquet")
+        pack(tmp_path / folder, tmp_path / "out" / folder, SETTINGS)
+    assert set(packed(tmp_path / "out" / "a")) == {"x-0-0_0", "x-0-1_0", "x-0-2_0"}
+    assert set(packed(tmp_path / "out" / "b")) == {"7_0", "8_0", "x-0-2_0"}
+
+
 def test_tables_that_fit_nothing_and_mixed_folders_are_errors(source, tmp_path):
     (tmp_path / "segments.csv").write_text('elsewhere-x, 0, 10, "/m/x"\n')
     with pytest.raises(DataError, match="segments.csv: none of their 1 clips"):

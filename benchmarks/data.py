@@ -73,12 +73,12 @@ def measure(root: Path, size: Size) -> dict[str, Any]:
     with quiet_decoders():
         stages = {name: stage_times(reader_of(root / name), size) for name in (*CODECS, "logmel")}
         economy = {name: bytes_read(root / name) for name in CODECS}
-    print("microseconds of one process per crop, by stage (local, warm)")
+    print("microseconds of processor time per crop, by stage (one process; local, warm)")
     print(table(("", *next(iter(stages.values()))), [(name, *row.values()) for name, row in stages.items()]))
     print("\nbytes that the decoder reads, of those that hold the crop (no sample is decoded that was not read)")
     print(table(("", "of the crop", "of the clip"), [(name, *row) for name, row in economy.items()]))
     shared = {str(n): stage_times(reader_of(root / "flac", n), size)["crops/s"] for n in (1, 2, 4, 8)}
-    print("\ncrops/s of one process from FLAC with data.crops_per_clip = n")
+    print("\ncrops/s of one processor from FLAC with data.crops_per_clip = n")
     print(table(list(shared), [list(shared.values())]))
     loaders = {name: compare(root, name, size) for name in ("0", "1", "2")}
     for workers, rates in loaders.items():

@@ -23,7 +23,6 @@ import torch
 from torchaudio.functional import resample
 
 from benchmarks.measure import RESULTS, write_results
-from msm_dist.data.audio import resampling_ratio
 
 TARGET = 16_000
 RATES = (8_000, 22_050, 44_100, 48_000)
@@ -61,7 +60,7 @@ def candidates() -> dict[str, Resampler]:
 
     def with_torchaudio(**settings: Any) -> Resampler:
         def run(waveform: np.ndarray, rate: int) -> np.ndarray:
-            return resample(torch.from_numpy(waveform), *resampling_ratio(rate, TARGET), **settings).numpy()
+            return resample(torch.from_numpy(waveform), rate, TARGET, **settings).numpy()
 
         return run
 

@@ -16,7 +16,6 @@ from msm_dist.data.audio import (
     fit_int16,
     num_target_samples,
     probe,
-    resampling_ratio,
     to_int16,
 )
 from tests.audio_files import CODECS, bad_files, encode, flac_claiming, noise, wav_claiming
@@ -104,13 +103,6 @@ def test_pitch_of_odd_rates_is_within_the_promised_rounding(rate):
     waveform = decode(encode(tone(1234.5, rate, seconds=4), "wav", rate), 16000)
     spectrum = np.abs(np.fft.rfft(waveform[:60000] * np.hanning(60000), 2**21))
     assert np.argmax(spectrum) * 16000 / 2**21 == pytest.approx(1234.5, rel=1 / 4000)
-
-
-@pytest.mark.parametrize("rate", [11111, 15999, 22255, 44101, 191999])
-def test_ratio_for_tensors_is_within_the_promised_rounding_and_small(rate):
-    old, new = resampling_ratio(rate, 16000)
-    assert new / old == pytest.approx(16000 / rate, rel=1 / 4000)
-    assert min(old, new) <= 2000
 
 
 @given(samples=st.integers(1, 5000), rate=st.sampled_from([4000, 11111, 15999, 22255, 44100, 44101]))

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "
 MIN_RATE, MAX_RATE = 1_000, 768_000
 MAX_SAMPLES = 2**29
 CHUNK_VALUES = 2**20
-MAX_PHASES = 2_000
 UNKNOWN_LENGTH = 2**62
 NEAR_SAMPLES = 8192  # two FLAC frames
 UNKNOWN_WAV_BYTES = 0x7FFF0000  # programs that write to a pipe claim this or more
@@ -148,17 +146,6 @@ def decode_crops(
 def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
     """Length at `sample_rate` of a clip of `samples` at `rate`: rounded up."""
     return -(-samples * sample_rate // rate)
-
-
-def resampling_ratio(rate: int, sample_rate: int) -> tuple[int, int]:
-    """The old and the new rate for torchaudio's resampler; an odd pair is rounded, by 1 in 4,000 at the worst.
-
-    For waveforms that are tensors. Its bank has a filter per phase of the reduced ratio: 44,101 Hz to 16 kHz would
-    take gigabytes. 0.4 cents of pitch are no loss beside that; all rates in use reduce to fewer phases and are exact.
-    """
-    low, high = sorted((rate, sample_rate))
-    ratio = Fraction(low, high).limit_denominator(MAX_PHASES)
-    return (ratio.numerator, ratio.denominator) if rate == low else (ratio.denominator, ratio.numerator)
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:

@@ -12,12 +12,12 @@ E = Fg * D.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torchaudio.functional import resample
 
-from msm_dist.data.audio import resampling_ratio
+from msm_dist.data.audio import MAX_RATE, MIN_RATE, resample
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
@@ -48,10 +48,7 @@ class Encoder:
         One per patch width (160 ms at 16 frames), zeros filling up the last. Raises DataError.
         """
         _check(waveform, sample_rate)
-        waveform = waveform.to(self.device, torch.float32)
-        if sample_rate != self.features.sample_rate:
-            waveform = resample(waveform, *resampling_ratio(sample_rate, self.features.sample_rate))
-        chunks = self._spectrogram(waveform).split(self._grid.frames, dim=-1)
+        chunks = self._spectrogram(self._at_own_rate(waveform, sample_rate)).split(self._grid.frames, dim=-1)
         return torch.cat([self._encode_chunk(chunk) for chunk in chunks], dim=1)
 
     def embed(self, waveform: Tensor, sample_rate: int) -> Tensor:
@@ -63,6 +60,13 @@ class Encoder:
         width = self._grid.patch[1]
         frames = torch.arange(num_steps, dtype=torch.float64) * width + (width - 1) / 2
         return (frames * (1000 * self.features.hop / self.features.sample_rate)).float()
+
+    def _at_own_rate(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        """float32 [B, S] on the encoder's device, resampled as the clips were that it was trained on."""
+        if sample_rate != self.features.sample_rate:
+            clips = [resample(clip, sample_rate, self.features.sample_rate) for clip in waveform.float().cpu().numpy()]
+            waveform = torch.from_numpy(np.stack(clips))
+        return waveform.to(self.device, torch.float32)
 
     def _spectrogram(self, waveform: Tensor) -> Tensor:
         """Normalised log-mel [B, 1, F, T * pw] of whole patches; the waveform's last patch is zero-padded."""
@@ -91,5 +95,7 @@ def _check(waveform: Tensor, sample_rate: int) -> None:
         raise DataError(f"waveform is {list(waveform.shape)}: must hold at least one clip and one sample")
     if not torch.isfinite(waveform).all():
         raise DataError("waveform holds NaN or infinite samples: leave those clips out")
-    if sample_rate < 1:
-        raise DataError(f"sample_rate = {sample_rate}: must be the rate of the waveform in Hz")
+    if not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise DataError(
+            f"sample_rate = {sample_rate}: must be the rate of the waveform in Hz, {MIN_RATE} to {MAX_RATE}"
+        )

@@ -42,7 +42,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-slurm test-aot test-engine test-gpu bench tune gpu-session gpu-reference lint doctor clean
+.PHONY: help setup pretrain test test-slurm test-aot test-engine test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -104,6 +104,9 @@ bench: ready ## kernels and training step against what a user would pick instead
 	  echo "bench: there is no GPU: skipped"; exit 0; fi; \
 	code=0; $(PY) -m benchmarks.kernels $(BENCH_ARGS) || code=$$?; \
 	$(PY) -m benchmarks.step $(BENCH_ARGS) || code=$$?; exit $$code
+
+bench-data: ready ## how fast crops are read, beside webdataset and .npy files; needs no GPU
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.data $(BENCH_ARGS)
 
 tune: ready ## measure launch configurations on this GPU and write kernels/configurations.json
 	@$(PY) -m benchmarks.kernels --tune $(BENCH_ARGS)

@@ -8,34 +8,46 @@ from pathlib import Path
 import pytest
 import typer
 
+from msm_dist.config import Config
 from msm_dist.data import audioset
 from msm_dist.data.commands import app
+from tests.test_operations_doc import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "data.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-BLOCKS = "\n".join(line.strip() for line in TEXT.splitlines() if line.startswith("    ")).replace("\\\n", " ")
+PAGES = [PAGE, ROOT / "docs" / "sources.md", ROOT / "docs" / "order.md"]
+PLACEHOLDERS = {"CONFIG": "configs/quickstart.yaml", "N": "8", "SRC": "a", "SOURCE": "a", "OUT": "b", "FOLDER": "a"}
 
 
-def commands() -> list[list[str]]:
-    """Every `msm-dist data ...` of the page's blocks, continued lines joined."""
-    lines = [line for line in BLOCKS.splitlines() if line.startswith("msm-dist ")]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+def commands(page: Path) -> list[list[str]]:
+    """Every `msm-dist ...` of a page: in its blocks, continued lines joined, and in its inline code."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(line.strip() for line in text.splitlines() if line.startswith("    ")).replace("\\\n", " ")
+    inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`", text)]
+    lines = [line for line in [*blocks.splitlines(), *inline] if line.startswith("msm-dist ")]
+    found = [shlex.split(line, comments=True)[1:] for line in lines]
+    return [[PLACEHOLDERS.get(word, word) for word in words] for words in found]
 
 
-def parse(words: list[str]) -> typer.Context:
-    """The command that these words call, its options checked; typer raises for what it does not know."""
-    assert words[0] == "data", words
-    command = typer.main.get_command(app).commands[words[1]]
-    return command.make_context(command.name, list(words[2:]))
-
-
-def test_commands_parse() -> None:
-    found = commands()
-    assert len(found) >= 10
-    assert {words[1] for words in found} >= {"pack", "index", "synth"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_parse(page: Path) -> None:
+    found = commands(page)
+    assert {words[0] for words in found} & {"data", "pretrain", "plan"}
     for words in found:
-        parse(words)
+        context = parse(words)
+        for override in context.params.get("overrides") or []:
+            assert override.partition("=")[0].split(".")[-1] in named_settings(), words
+
+
+def named_settings() -> set[str]:
+    """The last word of every key of a configuration."""
+    return {name for part in Config.model_fields.values() for name in getattr(part.annotation, "model_fields", ())}
+
+
+def test_every_command_for_data_is_told() -> None:
+    told = {words[1] for words in commands(PAGE) if words[0] == "data"}
+    assert told == set(typer.main.get_command(app).commands) - {"stats"}
 
 
 def test_a_wrong_command_would_be_found() -> None:
@@ -57,11 +69,13 @@ def test_options_named_in_the_text_exist() -> None:
     assert named <= known
 
 
-def test_links_and_files_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    named = re.findall(r"\b(?:benchmarks|configs|tests|docs)/[\w./-]*\w", TEXT)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    named = re.findall(r"\b(?:benchmarks|configs|tests|docs)/[\w./-]*\w", text)
     assert named
-    assert [link for link in links if not (PAGE.parent / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -27,6 +27,7 @@ EXECUTION = (
     "data.read_timeout_seconds",
     "data.read_retries",
     "data.connections",
+    "data.allow_pipe",
     "data.verify",
     "model.backend",
     "train.micro_batch",

@@ -86,7 +86,7 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of clips that may fail to decode before the run stops."""
     allow_pipe: bool = False
-    """Allow shards behind `pipe:COMMAND`, which runs that command in a shell."""
+    """Permit shards behind `pipe:COMMAND`: each loader process runs that shell command, with your rights."""
     allow_missing_shards: bool = False
     """Start although shards of the index are missing or cut off; their slots are filled from neighbours."""
     read_timeout_seconds: float = Field(30.0, gt=0, le=3600)

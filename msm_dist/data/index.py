@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from msm_dist.data.storage import Access, Span, Store, check_location, is_remote, join, open_store, split
+from msm_dist.data.storage import UNKNOWN_SIZE, Access, Span, Store, check_location, is_remote, join, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
 
@@ -180,7 +180,8 @@ def check_shards(
     """Compare the shards with the index: their size, or their sha256 too (reads everything).
 
     Returns the numbers of missing shards; with `allow_missing` those of another size, cut off or half copied, count
-    as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`.
+    as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`. Shards
+    whose size only reading would tell (pipe:) count as there.
     """
     store = open_store(index.location, access)
     sizes = store.sizes([shard.location for shard in index.shards])
@@ -377,7 +378,9 @@ def _select(names: Sequence[str], store: Store) -> Index:
 
 
 def _size_fault(shard: Shard, size: int) -> str | None:
-    return None if size == shard.bytes else f"{shard.location}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
+    if size in (shard.bytes, UNKNOWN_SIZE):
+        return None
+    return f"{shard.location}: {size} bytes, {INDEX_NAME} says {shard.bytes}"
 
 
 def _digest_fault(shard: Shard, verify: Literal["size", "digest"], store: Store | None = None) -> str | None:

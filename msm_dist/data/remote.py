@@ -67,20 +67,18 @@ class RemoteFiles:
                 return self._transport.size(location)
 
         with ThreadPoolExecutor(SIZES_PER_CONNECTION * self._access.connections, "remote-sizes") as threads:
-            return _at_once(threads, self._access, [(name, partial(size, name)) for name in locations])
+            return at_once(threads, self._access, [(name, partial(size, name)) for name in locations])
 
     def read(self, locations: Sequence[str]) -> list[bytes]:
         """Whole, small files. Raises FileNotFoundError, DataError."""
-        return _at_once(
-            self._threads, self._access, [(name, partial(self._transport.read, name)) for name in locations]
-        )
+        return at_once(self._threads, self._access, [(name, partial(self._transport.read, name)) for name in locations])
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order. Raises DataError."""
         requests = merged(spans)
         work = [(request.location, partial(self._read_span, request)) for request, _ in requests]
         contents: list[memoryview | None] = [None] * len(spans)
-        for (request, wanted), content in zip(requests, _at_once(self._threads, self._access, work), strict=True):
+        for (request, wanted), content in zip(requests, at_once(self._threads, self._access, work), strict=True):
             for number in wanted:
                 span = spans[number]
                 contents[number] = memoryview(content)[span.start - request.start : span.stop - request.start]
@@ -141,7 +139,7 @@ def attempt_seconds(num_bytes: int, timeout: float) -> float:
     return 2 * timeout + num_bytes / MIN_BYTES_PER_SECOND
 
 
-def _at_once(threads: ThreadPoolExecutor, access: Access, work: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
+def at_once(threads: ThreadPoolExecutor, access: Access, work: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
     """The results of (location, attempt), in their order; the first fault ends the others' retries."""
     given_up = threading.Event()
     futures = [threads.submit(persistently, location, attempt, access, given_up) for location, attempt in work]

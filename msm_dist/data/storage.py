@@ -2,11 +2,12 @@
 
 In: locations, each a local path or a URL, and ranges of bytes in them. Out: those bytes. A store belongs to one
 process and is made in it: loader workers are forked, and neither connections nor locks may be shared. Fails with
-FileNotFoundError where there is no such file, with DataError on a file of another size than the index says, and on
-one that still can't be read after retries.
+FileNotFoundError where there is no such file, with DataError on a file of another size than the index says, on one
+that still can't be read after retries, and on a command that is not permitted.
 
     LocalFiles            paths: memory-mapped
     remote.RemoteFiles    URLs: parallel requests, retried; made by http_transport (http, https) or fsspec_transport
+    pipe_store.PipeFiles  shell commands, where they are permitted: whole shards in temporary files
 """
 
 import itertools
@@ -25,19 +26,24 @@ from msm_dist.errors import DataError
 MAX_OPEN_FILES = 128
 OPEN_RETRIES = 3
 RETRY_SECONDS = 0.1  # before the first retry; doubled each time
+UNKNOWN_SIZE = -1
 
 
 class Access(NamedTuple):
-    """How remote files are read: seconds without a byte that end an attempt, further attempts, parallel requests."""
+    """How remote files are read: seconds without a byte that end an attempt, further attempts, parallel requests.
+
+    `allow_pipe`: whether locations may be shell commands.
+    """
 
     timeout: float = 30.0
     retries: int = 10
     connections: int = 8
+    allow_pipe: bool = False
 
 
 def access_of(data: Data) -> Access:
     """What a configuration says of it."""
-    return Access(data.read_timeout_seconds, data.read_retries, data.connections)
+    return Access(data.read_timeout_seconds, data.read_retries, data.connections, data.allow_pipe)
 
 
 class Span(NamedTuple):
@@ -53,7 +59,7 @@ class Store(Protocol):
     """What the stores of this module can do."""
 
     def sizes(self, locations: Sequence[str]) -> list[int | None]:
-        """Bytes of files, None where there is none."""
+        """Bytes of files, None where there is none, UNKNOWN_SIZE where only reading would tell: `fetch` checks it."""
 
     def read(self, locations: Sequence[str]) -> list[bytes]:
         """Whole, small files. Raises FileNotFoundError."""
@@ -107,10 +113,14 @@ def open_store(location: str, access: Access) -> Store:
         return LocalFiles()
     check_location(location)
     if location.startswith("pipe:"):
-        raise DataError(
-            "data.shards = pipe:...: commands are not run: each clip is read at its own offset, which the output of a "
-            "command does not have. Copy the shards to a disk first (docs/data.md), or name their http, s3 or gs URL"
-        )
+        if not access.allow_pipe:
+            raise DataError(
+                f"{location}: would run a shell command with your rights; for a run, data.allow_pipe=true permits it "
+                "(`msm-dist data` never does). Paths and http, s3 and gs URLs need no command"
+            )
+        from msm_dist.data.pipe_store import PipeFiles
+
+        return PipeFiles(location, access)
     from msm_dist.data.remote import RemoteFiles
 
     if _is_http(location):

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "data.read_timeout_seconds",
     "data.read_retries",
     "data.connections",
+    "data.allow_pipe",
     "data.max_bad_fraction",
     "data.allow_missing_shards",
     "data.verify",

@@ -100,6 +100,11 @@ def test_a_corpus_is_found_by_every_form_of_its_command(corpus, form):
     assert check_shards(index, "digest", access=ACCESS) == set()
 
 
+def test_what_must_follow_the_path_is_wrapped(corpus):
+    index = load_index(f"pipe:sh -c 'cat \"$0\" | cat -' '{corpus.location}'/", ACCESS)
+    assert check_shards(index, "digest", access=ACCESS) == set()
+
+
 def test_blocks_are_those_of_local_files(corpus):
     plan = make_plan([shard.clips for shard in corpus.shards], 7, None, 4, 16, 1)
     found = []

@@ -89,13 +89,12 @@ def plan_identity(corpus: Corpus) -> dict[str, Any]:
         "num_clips": corpus.plan.num_clips,
         "lanes": corpus.plan.lanes,
         "clips_per_epoch": corpus.plan.clips_per_epoch,
-        "mean": corpus.features.mean,
-        "std": corpus.features.std,
     }
     if isinstance(corpus.plan, MixedPlan):
         identity["mix_digests"] = [source.digest for source in corpus.sources]
         identity["mix_places"] = list(corpus.plan.places)
-    return identity
+    # Last, as the first difference is named: the statistics follow from all of the above.
+    return identity | {"mean": corpus.features.mean, "std": corpus.features.std}
 
 
 def corpus_identity(corpus: Corpus) -> list[dict[str, Any]]:

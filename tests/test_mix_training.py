@@ -72,9 +72,9 @@ def test_other_weights_are_refused_and_a_source_may_move(runs, tmp_path):
 
     codes, output = again((runs.train, 1), (runs.own, 1), steps=4)
     assert codes == [2]
-    assert "data.mix: [2.0, 1.0] in" in output and "[1.0, 1.0] now" in output
+    assert "began with a mix of [667, 333] blocks in 1000, data.mix now gives [500, 500]" in output
     moved = shutil.copytree(runs.own, tmp_path / "moved")
-    codes, output = again((runs.train, 2), (moved, 1), steps=4)
+    codes, output = again((runs.train, 0.5), (moved, 0.25), steps=4)
     assert codes == [0] and "continued from" in output, output
     codes, output = again((moved, 2), (runs.train, 1), steps=5)
     assert codes == [2]

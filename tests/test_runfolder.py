@@ -6,8 +6,9 @@ import sys
 import threading
 
 import pytest
+import yaml
 
-from msm_dist.config import parse_config
+from msm_dist.config import Config, parse_config
 from msm_dist.engine import runfolder
 from msm_dist.errors import CheckpointError, ConfigError
 
@@ -77,7 +78,18 @@ def test_listed_settings_may_change(tmp_path):
     runfolder.record_start(tmp_path, config(), {})
     later = config(
         train={"steps": 20, "log_every": 1, "micro_batch": 8, "trace": True},
-        data={"num_workers": 0},
+        data={
+            "shards": "https://host/elsewhere",
+            "valid_shards": "elsewhere",
+            "num_workers": 0,
+            "read_timeout_seconds": 3,
+            "read_retries": 1,
+            "connections": 2,
+            "allow_pipe": True,
+            "max_bad_fraction": 0.5,
+            "allow_missing_shards": True,
+            "verify": "digest",
+        },
         checkpoint={"every": 5},
         engine={"timeout_minutes": 1},
     )
@@ -104,6 +116,44 @@ def test_any_other_difference_is_refused(tmp_path, sections, says):
         runfolder.compare_config(tmp_path, config(**sections))
     assert "run.name=NAME" in str(caught.value)
     assert (tmp_path / "config.yaml").read_text() == recorded
+
+
+def without(folder, *names):
+    """Take settings out of a recorded configuration, as if recorded before they existed."""
+    path = folder / "config.yaml"
+    recorded = yaml.safe_load(path.read_text())
+    for name in names:
+        section, key = name.split(".")
+        del recorded[section][key]
+    path.write_text(yaml.safe_dump(recorded))
+
+
+@pytest.mark.parametrize("section", [name for name in Config.model_fields if name != "seed"])
+def test_a_run_that_began_before_a_setting_existed_continues_with_its_default(tmp_path, section):
+    for key in getattr(Config(), section).model_dump():
+        runfolder.record_start(tmp_path, config(), {})
+        without(tmp_path, f"{section}.{key}")
+        runfolder.compare_config(tmp_path, config())
+
+
+def test_a_run_of_an_earlier_version_continues_and_not_with_another_value_of_a_new_setting(tmp_path):
+    runfolder.record_start(tmp_path, config(), {})
+    without(tmp_path, "data.mix", "data.allow_pipe", "data.connections", "data.crops_per_clip")
+    runfolder.compare_config(tmp_path, config(data={"connections": 3, "allow_pipe": True}))
+    with pytest.raises(ConfigError, match="data.crops_per_clip: 1 in .*, 2 now"):
+        runfolder.compare_config(tmp_path, config(data={"crops_per_clip": 2}))
+    with pytest.raises(ConfigError, match="data.mix: None in .*, .1.0. now"):
+        runfolder.compare_config(tmp_path, config(data={"mix": {"a": 1}}))
+
+
+def test_weights_of_a_mix_are_compared_by_the_places_that_they_give(tmp_path):
+    mix = {"mix": {"a": 3, "b": 1}}
+    runfolder.record_start(tmp_path, config(data=mix), {"index_digest": "a", "mix_places": [750, 250]})
+    runfolder.compare_config(tmp_path, config(data={"mix": {"a": 0.75, "b": 0.25}}))
+    with pytest.raises(ConfigError, match=r"mix of \[750, 250\] blocks in 1000, data.mix now gives \[800, 200\]"):
+        runfolder.compare_plan(tmp_path, {"index_digest": "a", "mix_places": [800, 200]})
+    with pytest.raises(ConfigError, match=r"data.mix: \[3.0, 1.0\] in .*, None now"):
+        runfolder.compare_config(tmp_path, config())
 
 
 def test_corpus_that_changed_since_the_first_start_is_refused(tmp_path):

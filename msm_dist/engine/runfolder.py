@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "engine.",
 )
+_DEFAULTS = flat_settings(Config().model_dump(mode="json"))
 
 
 @contextlib.contextmanager
@@ -97,12 +98,14 @@ def refuse_if_taken(folder: Path) -> None:
 def compare_config(folder: Path, cfg: Config) -> None:
     """Raise ConfigError for a configuration that differs from the recorded one where it may not.
 
-    A length below the one reached is refused where the step is known.
+    A setting that the recorded one lacks, as the run began with an earlier version, has its default. Of two mixes the
+    weights are left to `compare_plan`, which knows what they come to. A length below the one reached is refused where
+    the step is known.
     """
     path = folder / "config.yaml"
     if path.exists():
         try:
-            recorded = flat_settings(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            recorded = _DEFAULTS | flat_settings(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, yaml.YAMLError):
             raise ConfigError(f"{path}: can't be read as settings; restore it, or choose another run.name=") from None
         wanted = flat_settings(cfg.model_dump(mode="json"))
@@ -110,6 +113,7 @@ def compare_config(folder: Path, cfg: Config) -> None:
             f"  {name}: {recorded.get(name)!r} in {path}, {wanted.get(name)!r} now"
             for name in dict.fromkeys([*recorded, *wanted])
             if recorded.get(name) != wanted.get(name) and not name.startswith(MAY_CHANGE)
+            if not (name == "data.mix" and recorded[name] and wanted[name])
         ]
         if differences:
             raise ConfigError(
@@ -134,6 +138,12 @@ def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: can't be read ({error}); remove it if the corpus is unchanged") from None
     for name in dict.fromkeys([*recorded, *plan]):
         if recorded.get(name) != plan.get(name):
+            if name == "mix_places" and recorded.get(name) and plan.get(name):
+                raise ConfigError(
+                    f"{path}: this run began with a mix of {recorded[name]} blocks in {sum(plan[name])}, data.mix now "
+                    f"gives {plan[name]}; give the weights in {folder / 'config.yaml'}, or others of their ratio, or "
+                    "start a new run with run.name=NAME"
+                )
             raise ConfigError(
                 f"{path}: this run began with {name} = {recorded.get(name)}, the corpus now gives {plan.get(name)}; "
                 "restore the corpus it began with, or start a new run with run.name=NAME"

@@ -382,7 +382,9 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 def dump_config(cfg: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal Config."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    # A DeepSpeed file of one's own decides these two; beside it they are refused.
+    decided = {"engine": {"zero_stage", "offload"}} if cfg.engine.deepspeed else None
+    return yaml.safe_dump(cfg.model_dump(mode="json", exclude=decided), sort_keys=False)
 
 
 def flat_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -504,8 +506,11 @@ def _geometry_conflicts(model: Model) -> Iterable[str]:
 
 def _engine_conflicts(cfg: Config) -> Iterable[str]:
     engine = cfg.engine
+    # Earlier versions have recorded both beside the file, at their defaults.
+    both = {"zero_stage", "offload"}
+    recorded = both <= engine.model_fields_set and engine == Engine(**engine.model_dump(exclude=both))
     for name in ("zero_stage", "offload"):
-        if engine.deepspeed and name in engine.model_fields_set:
+        if engine.deepspeed and name in engine.model_fields_set and not recorded:
             yield (
                 f"engine.deepspeed = {engine.deepspeed} and engine.{name} = {getattr(engine, name)}: give one of "
                 "them; stage and offload of your own file are read from it"

@@ -24,9 +24,29 @@ def faults(**sections) -> list[str]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configuration_is_valid_and_survives_a_dump(path):
-    cfg = load_config(path)
-    assert parse_config(yaml.safe_load(dump_config(cfg)), "dumped") == cfg
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["engine.zero_stage=3", "engine.offload=parameters"],
+        ["engine.deepspeed=own.json"],
+        ["data.shards=null", "data.mix={a: 1, b/c: 0.5}"],
+    ],
+)
+def test_shipped_configuration_is_valid_and_survives_a_dump(path, overrides, tmp_path):
+    cfg = load_config(path, overrides)
+    again = load_config(write(tmp_path / "dumped.yaml", dump_config(cfg)))
+    assert again == cfg
+    assert dump_config(again) == dump_config(cfg)
+
+
+def test_stage_and_offload_beside_a_deepspeed_file_are_refused_but_where_an_earlier_version_recorded_them(tmp_path):
+    sections = {"engine": {"deepspeed": "own.json"}}
+    recorded = parse_config({"train": {"steps": 3}} | sections, "test").model_dump(mode="json")
+    path = write(tmp_path / "config.yaml", yaml.safe_dump(recorded))
+    assert load_config(path).engine.deepspeed == "own.json"
+    with pytest.raises(ConfigError, match=r"engine.zero_stage = 2: give one of them"):
+        load_config(path, ["engine.zero_stage=2"])
 
 
 def test_recipes_are_those_of_the_paper():

@@ -15,7 +15,7 @@ from submitit.core.utils import JobPaths
 from msm_dist import admission, launch, submission
 from msm_dist.admission import Plan, Request, allocation, job_state, parse_minutes, refuse_running, variants
 from msm_dist.cli import spread_sweep
-from msm_dist.config import Config
+from msm_dist.config import Config, load_config, parse_config
 from msm_dist.errors import ConfigError
 from msm_dist.launch import slurm_executor, slurm_text, visible_gpus
 from msm_dist.site import Container, Site
@@ -303,6 +303,18 @@ def test_ctrl_c_while_a_local_run_is_recorded_stops_it_recorded(tmp_path, monkey
     assert process.returncode == -signal.SIGTERM
     assert json.loads((plan.submission / admission.RECORD).read_text())["job"] == str(process.pid)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_settings_that_are_kept_for_a_job_are_those_that_it_reads_also_with_a_deepspeed_file(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 2}}')
+    values = {"run": {"dir": str(tmp_path), "name": "a"}, "train": {"steps": 3}, "engine": {"deepspeed": str(own)}}
+    plan = Plan(parse_config(values, "test"), False, ())
+    keep(Request("c"), tmp_path, [plan], [plan])
+    read = load_config(plan.submission / "config.yaml")
+    assert Path(read.engine.deepspeed).read_text() == own.read_text()
+    engine = plan.cfg.engine.model_copy(update={"deepspeed": read.engine.deepspeed})
+    assert read == plan.cfg.model_copy(update={"engine": engine})
 
 
 def test_refused_submission_leaves_what_was_there(tmp_path, monkeypatch):

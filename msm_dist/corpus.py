@@ -7,16 +7,17 @@ shards of all, its plan mixes theirs, its statistics are those of the mixture th
 
 import hashlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any
 
 from msm_dist.config import BatchLayout, Config, Data, Features
 from msm_dist.data.index import ACCESS, Index, Official, check_shards, load_index
 from msm_dist.data.mix import MixedPlan, make_mix
 from msm_dist.data.plan import Plan, check_lanes, make_plan
-from msm_dist.data.storage import Access, access_of, split
+from msm_dist.data.storage import Access, access_of, is_remote, split
 from msm_dist.errors import ConfigError, DataError
 
 
@@ -110,7 +111,7 @@ def corpus_identity(corpus: Corpus) -> list[dict[str, Any]]:
         first = numbers.stop
         identities.append(
             {
-                "name": split(source.location)[1],
+                "name": _name_of(source.location),
                 "kind": source.kind,
                 "shards": len(source.shards),
                 "clips": source.num_clips,
@@ -123,6 +124,27 @@ def corpus_identity(corpus: Corpus) -> list[dict[str, Any]]:
             }
         )
     return identities
+
+
+def overlaps(sources: Sequence[Index]) -> Iterator[str]:
+    """Signs that sources of a mix hold the same clips in other shards, a sentence each."""
+    for one, other in combinations(sources, 2):
+        names = {shard.name for shard in one.shards} & {shard.name for shard in other.shards}
+        official = [source.official and source.official.manifest for source in (one, other)]
+        if one.location == other.location:
+            continue  # other shards of one folder, as no shard is in two sources
+        if official[0] and official[0] == official[1]:
+            sign = f"are the same clips of {', '.join(one.official.tables)}"
+        elif names:
+            sign = f"both have {len(names)} shards of the same names, such as {min(names)}"
+        else:
+            continue
+        yield f"{one.location} and {other.location} {sign}; clips that are in both are counted and served by both"
+
+
+def _name_of(location: str) -> str:
+    """The name of a folder, also where it is given as "."."""
+    return split(location if is_remote(location) else os.path.abspath(location))[1]
 
 
 def _open_sources(data: Data) -> tuple[tuple[Index, ...], set[int]]:
@@ -156,6 +178,14 @@ def _check_alike(sources: Sequence[Index]) -> None:
                 f"data.mix: {same[0].location} and {source.location} are the same corpus; name it once, with the sum "
                 "of their weights"
             )
+        for other in sources[:number]:
+            if same := {shard.sha256 for shard in source.shards} & {shard.sha256 for shard in other.shards}:
+                name = next(shard.name for shard in source.shards if shard.sha256 in same)
+                raise ConfigError(
+                    f"data.mix: {len(same)} shards of {source.location}, such as {name}, are in {other.location} too, "
+                    "and their clips would be counted twice; name the other shards alone by a brace pattern, or one "
+                    "source with all of them"
+                )
 
 
 def _lay_out(cfg: Config, sources: Sequence[Index]) -> Plan | MixedPlan:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from msm_dist.config import BatchLayout, Config
-from msm_dist.corpus import Corpus
+from msm_dist.corpus import Corpus, overlaps
 from msm_dist.data.mix import MixedPlan
 from msm_dist.data.plan import Plan, valid_worlds
 
@@ -34,6 +34,7 @@ def corpus_rows(cfg: Config, layout: BatchLayout, corpus: Corpus) -> list[tuple[
             epoch = own.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch / share
             served = f"{source.num_clips} clips, each served once in {epoch:.2f} steps"
             rows.append(("", f"{share:.1%} from {source.location}: {served}"))
+        rows += [("note", note) for note in overlaps(corpus.sources)]
     rows += [
         ("shards", f"clips {spread([shard.clips for shard in index.shards])} (least, median, most)"),
         ("", f"MB    {spread([shard.bytes / 1e6 for shard in index.shards])}"),

@@ -2,7 +2,7 @@
 
 In: a configuration file, overrides, a world size, a device's name. Out: a table as text; memory, communication and
 time in it are predicted by `msm_dist.memory` and `msm_dist.costs`. Raises ConfigError, DataError as the run itself
-would; where the corpus is not there yet, the lines that need it say so instead.
+would; where the corpus can't be opened, as it is not there yet, the lines that need it say why instead.
 """
 
 import itertools
@@ -62,7 +62,7 @@ def describe(path: str, overrides: Sequence[str], world_size: int, device_name: 
     try:
         corpus = open_corpus(cfg, layout)
     except DataError as error:
-        rows.append(("corpus", f"not here: {error}"))
+        rows.append(("corpus", f"can't be opened: {error}"))
     else:
         steps = corpus.plan.clips_per_epoch * cfg.data.crops_per_clip / cfg.train.global_batch
         hours = [f"{mine.seconds.step * steps / 3600:.2f} h an epoch as configured"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from msm_dist.config import Config
-from msm_dist.corpus import Corpus
+from msm_dist.corpus import Corpus, overlaps
 from msm_dist.data.mix import MixedPlan
 from msm_dist.engine.checkpoint import Saved, checkpoint_name
 from msm_dist.engine.world import World
@@ -35,6 +35,7 @@ def announcement(
             f"{source.seconds / 3600:.2f} h"
             for source, share in zip(corpus.sources, corpus.plan.shares, strict=True)
         ]
+        notes = [*overlaps(corpus.sources), *notes]
     if official := corpus.index.official:
         lines.append(
             f"official   {official.found:,} of {official.clips:,} clips of {', '.join(official.tables)} "

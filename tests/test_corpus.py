@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from msm_dist.config import batch_layout, parse_config
-from msm_dist.corpus import check_digests, open_corpus, plan_identity
+from msm_dist.corpus import check_digests, corpus_identity, open_corpus, overlaps, plan_identity
+from msm_dist.data.index import Official
 from msm_dist.errors import ConfigError, DataError
 from tests.corpus import write_corpus
 
@@ -80,10 +82,10 @@ def test_changed_byte_is_found_where_digests_are_checked(copy):
     data[5000] ^= 1
     tar.write_bytes(data)
     index = open_with(copy).index
-    for rank in range(2):
-        check_digests(index, rank, world_size=3)
+    # Of 3 shards the ranks of 2 have 0 and 2, and 1.
+    check_digests(index, 1, world_size=2)
     with pytest.raises(DataError, match="clips-000002.tar: sha256"):
-        check_digests(index, rank=2, world_size=3)
+        check_digests(index, 0, world_size=2)
 
 
 def test_missing_shard_stops_the_start_unless_allowed(copy):
@@ -150,8 +152,61 @@ def test_identity_of_a_mix_changes_with_weights_and_order_not_with_places(shards
     identity = plan_identity(mixed(shards, own))
     assert plan_identity(mixed(copy, own)) == identity
     assert plan_identity(mixed(shards, own, (6, 2))) == identity
-    assert plan_identity(mixed(shards, own, (2, 1))) != identity
-    assert plan_identity(mixed(own, shards, (1, 3))) != identity
+    given = {"features": {"mean": -7.1, "std": 4.2}}
+    identity, other = (plan_identity(mixed(shards, own, weights, **given)) for weights in ((3, 1), (2, 1)))
+    assert {name for name in identity if identity[name] != other[name]} == {"mix_places"}
+    assert plan_identity(mixed(own, shards, (1, 3), **given))["mix_digests"] == identity["mix_digests"][::-1]
+
+
+def test_identity_tells_which_shards_are_of_which_source(shards):
+    def split_at(*patterns):
+        return plan_identity(mixed(*(f"{shards}/clips-00000{pattern}.tar" for pattern in patterns), (1, 1)))
+
+    one, other = split_at("{0..1}", "2"), split_at("0", "{1..2}")
+    assert one["index_digest"] == other["index_digest"]
+    assert one["mix_digests"] != other["mix_digests"]
+
+
+def test_what_was_trained_on_is_told_of_each_source(shards, copy, own, monkeypatch):
+    (copy / "clips-000001.tar").unlink()
+    corpus = mixed(own, copy, (1, 3), data={"allow_missing_shards": True})
+    first, second = corpus_identity(corpus)
+    told = [
+        [source[name] for name in ("name", "share", "shards", "clips", "missing_shards")] for source in (first, second)
+    ]
+    assert told == [["own", 0.25, 2, 64, 0], ["shards", 0.75, 3, 192, 1]]
+    assert [first["digest"], second["digest"]] == [source.digest for source in corpus.sources]
+    monkeypatch.chdir(shards)
+    for here in (".", "../shards/", str(shards), "clips-000000.tar"):
+        (source,) = corpus_identity(open_with(here))
+        assert source["name"] == shards.name
+
+
+def test_sources_that_share_a_shard_are_refused_and_other_signs_of_the_same_clips_are_noted(shards, own, copy):
+    with pytest.raises(ConfigError, match=r"2 shards of .*, such as clips-000000.tar, are in .*brace pattern"):
+        mixed(shards, f"{shards}/clips-00000{{0,1}}.tar")
+    with pytest.raises(ConfigError, match=r"1 shards of .*, such as other.tar, are in"):
+        index = json.loads((copy / "index.json").read_text())
+        (copy / "clips-000001.tar").rename(copy / "other.tar")
+        (copy / "clips-000001.members.npy").rename(copy / "other.members.npy")
+        index["shards"][1]["name"] = "other.tar"
+        edit_index(copy, shards=index["shards"])
+        mixed(shards, f"{copy}/other.tar")
+    apart = mixed(f"{shards}/clips-00000{{0,1}}.tar", f"{shards}/clips-000002.tar")
+    assert list(overlaps(apart.sources)) == []
+    (note,) = overlaps(mixed(shards, own).sources)
+    assert note.startswith(f"{shards} and {own} both have 2 shards of the same names, such as clips-000000.tar;")
+
+
+def test_the_same_official_clips_in_other_shards_are_noted(shards, own):
+    one, two = mixed(shards, own).sources
+    two = replace(two, shards=tuple(replace(shard, name=f"own-{shard.name}") for shard in two.shards))
+    official = Official(("eval_segments.csv",), 20, 10, "5" * 64)
+    assert list(overlaps([one, two])) == list(overlaps([replace(one, official=official), two])) == []
+    other = replace(two, official=replace(official, manifest="6" * 64))
+    assert list(overlaps([replace(one, official=official), other])) == []
+    (note,) = overlaps([replace(one, official=official), replace(two, official=official)])
+    assert f"{shards} and {own} are the same clips of eval_segments.csv" in note
 
 
 def test_sources_that_do_not_mix_are_refused_by_name(shards, own, copy):
@@ -187,7 +242,8 @@ def test_changed_byte_of_any_source_is_found_where_digests_are_checked(shards, o
     data[5000] ^= 1
     tar.write_bytes(data)
     index = mixed(shards, folder).index
-    for rank in range(4):
-        check_digests(index, rank, world_size=5)
+    # The last of 5 shards.
+    for rank in (0, 2):
+        check_digests(index, rank, world_size=3)
     with pytest.raises(DataError, match="own/clips-000001.tar: sha256"):
-        check_digests(index, 4, world_size=5)
+        check_digests(index, 1, world_size=3)

@@ -76,4 +76,7 @@ def test_plan_of_a_mix_and_of_a_corpus_that_is_not_here(corpora, tmp_path):
     text = describe(str(path), [mix, "data.num_workers=1"], 2)
     assert f"25.0% from {corpora[1]}" in text and "h an epoch as configured" in text
     text = describe(str(path), [f"data.mix={{{corpora[0]}: 3, {tmp_path / 'absent'}: 1}}"], 2)
-    assert f"corpus       not here: {tmp_path / 'absent'}: no index.json there" in text
+    assert f"corpus       can't be opened: {tmp_path / 'absent'}: no index.json there" in text
+    # Shards of the same names hold the same clips, for all that names say.
+    text = describe(str(path), [mix, "data.num_workers=1"], 2)
+    assert f"note         {corpora[0]} and {corpora[1]} both have 2 shards of the same names" in text

@@ -209,7 +209,7 @@ def test_default_lanes_leave_the_smallest_source_its_clips():
             [2000, 1],
             None,
             ConfigError,
-            "weight 1 of 2001, less than one block in 1000; .* 2.0",
+            "weight 1 of 2001, which rounds to no block in 1000; give it a larger one",
         ),
         (
             {"a": [9999], "b": [9]},

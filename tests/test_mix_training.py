@@ -30,6 +30,7 @@ def runs(tmp_path_factory):
     codes, output = runs.run("undisturbed")
     assert codes == [0, 0], output
     assert f"source     {runs.own}: 33.3% of the crops, 64 clips" in output
+    assert f"note       {runs.train} and {runs.own} both have 2 shards of the same names" in output
     return runs
 
 

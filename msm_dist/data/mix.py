@@ -160,8 +160,8 @@ def count_places(names: Sequence[str], weights: Sequence[float]) -> tuple[int, .
     for name, weight, count in zip(names, weights, places, strict=True):
         if count == 0:
             raise ConfigError(
-                f"data.mix: {name} has the weight {weight} of {sum(weights):g}, less than one block in {CYCLE}; give "
-                f"it {sum(weights) / CYCLE:g} or more, or leave it out"
+                f"data.mix: {name} has the weight {weight} of {sum(weights):g}, which rounds to no block in {CYCLE}; "
+                "give it a larger one, or leave it out"
             )
     return tuple(places)
 

@@ -1,6 +1,7 @@
 """Looking into a corpus: its summary, a shard's clips, a clip as picture and sound."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -99,6 +100,10 @@ def test_no_file_is_replaced_unless_asked_for(corpora, tmp_path):
     with pytest.raises(ConfigError, match="is there already"):
         run("inspect", corpora / "audio", "clip1", "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["clip1_0.png"]
+    (tmp_path / "clip2_0.wav").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="clip2_0.wav: is there already"):
+        run("inspect", corpora / "audio", "clip2", "--out", tmp_path)
+    assert not (tmp_path / "clip2_0.png").exists() and (tmp_path / "clip2_0.wav").read_bytes() == b"mine"
     run("inspect", corpora / "audio", "clip1", "--out", tmp_path, "--overwrite")
     assert (tmp_path / "clip1_0.png").read_bytes()[1:4] == b"PNG"
 
@@ -114,6 +119,32 @@ def test_keys_of_strangers_stay_in_the_folder_and_damage_is_named(tmp_path):
     with pytest.raises(DataError, match="b: undecodable"):
         run("inspect", tmp_path / "tars", "b", "--out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def strange_corpus(folder):
+    """Clips whose keys and labels are not for a terminal."""
+    keys = ["ok", "bad\x1b[31mred", "new\nline", "t\udcffx"]
+    told = {"origin": {"file": "\ud800x", "a\nb": 1}, "labels": ["\ud800", "\x1b[31mred", "caf\u00e9"]}
+    files = {f"{key}.flac": encode(noise(8000, i)) for i, key in enumerate(keys)}
+    files["ok.json"] = json.dumps(told).encode()
+    index_shards([write_tar(folder / "a.tar", files, errors="surrogateescape")], Features())
+    return keys
+
+
+def test_keys_and_labels_of_strangers_do_not_steer_the_terminal(tmp_path):
+    keys = strange_corpus(tmp_path / "tars")
+    lines = run("inspect", tmp_path / "tars" / "a.tar").splitlines()
+    assert len(lines) == 1 + len(keys) and all(line.isprintable() for line in lines)
+    shown = [line.split("  ")[-1] for line in lines[1:]]
+    assert shown == ["ok", "bad\\x1b[31mred", "new\\nline", "t\\xffx"]
+    output = run("inspect", tmp_path / "tars", "ok", "--out", tmp_path / "out")
+    assert "labels     \\ud800, \\x1b[31mred, caf\u00e9" in output and "file \\ud800x, a\\nb 1" in output
+    for number, (key, text) in enumerate(zip(keys, shown, strict=True)):
+        for given, name in ((key, "typed"), (text, "shown")):
+            out = tmp_path / f"{name} {number}"
+            assert f"a.tar: {text}" in run("inspect", tmp_path / "tars", given, "--out", out)
+    with pytest.raises(ConfigError, match=r"\\x1bq: no clip of .*, such as ok"):
+        run("inspect", tmp_path / "tars", "\x1bq", "--out", tmp_path)
 
 
 def test_the_axes_are_seconds_and_hertz():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msm_dist.config import Features
-from msm_dist.data.contents import stored_clips
+from msm_dist.data.contents import MAX_JSON_BYTES, stored_clips
 from msm_dist.data.index import Official, load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.data.repack import repack
@@ -112,6 +112,9 @@ def test_a_split_that_was_cut_short_starts_again(corpora, tmp_path, monkeypatch)
             split(str(corpora / "audio"), tmp_path / "out", settings)
     with pytest.raises(DataError):
         load_index(str(tmp_path / "out"))
+    for leftover in (tmp_path / "out" / "x.tmp", tmp_path / "out" / ".pack" / "own_segments-000009.tar.tmp"):
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_bytes(b"cut short")
     again = split(str(corpora / "audio"), tmp_path / "out", settings)
     assert again.digest == whole.digest
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -150,6 +153,65 @@ def test_clips_that_are_cut_from_one_file_or_do_not_decode_are_reported(corpora,
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["reasons"] == {"duplicate": 2, "undecodable": 1}
     assert third in report["missing"]
+
+
+ODD_JSON = {
+    "huge": b'{"origin": {"start_seconds": 1' + b"0" * 400 + b"}}",
+    "not_finite": b'{"origin": {"start_seconds": NaN, "gain": -Infinity, "peak": 1e999}}',
+    "true": b'{"origin": {"start_seconds": true}}',
+    "text": b'{"origin": {"start_seconds": "7", "file": 3}}',
+    "surrogate": b'{"origin": {"file": "\\ud800x"}, "labels": ["\\ud800"]}',
+    "list": b'[{"origin": 1}]',
+    "origin_list": b'{"origin": [1]}',
+    "deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "not_utf_8": b'{"origin": "\xff"}',
+    "long": b'{"origin": {"start_seconds": 3}}' + b" " * MAX_JSON_BYTES,
+}
+
+
+def test_json_of_strangers_is_taken_for_what_it_says_and_no_more(tmp_path):
+    ytids = {name: f"abcdefgh{i:03d}" for i, name in enumerate(ODD_JSON)}
+    files = {}
+    for name, content in ODD_JSON.items():
+        files |= {f"{ytids[name]}.flac": encode(noise(4000)), f"{ytids[name]}.json": content}
+    index = index_shards([write_tar(tmp_path / "tars" / "a.tar", files)], Features())
+    stored = dict(zip(ODD_JSON, stored_clips(index.shards[0]), strict=True))
+    assert [name for name, clip in stored.items() if not clip.description] == ["list", "deep", "not_utf_8", "long"]
+    assert {clip.start_seconds for clip in stored.values()} == {0.0}
+    assert stored["not_finite"].origin == {"start_seconds": None, "gain": None, "peak": None}
+    (tmp_path / "own.csv").write_text("".join(f'{ytid}, 0, 10, "/m/cat"\n' for ytid in ytids.values()))
+    made = split(str(tmp_path / "tars"), tmp_path / "out", SplitSettings(tmp_path / "own.csv"))
+    assert [clip.description["labels"] for clip in stored_clips(made.shards[0])] == [["/m/cat"]] * len(ODD_JSON)
+    assert verify_shards(made, decode_clips=True) == []
+
+
+def test_clips_that_changed_since_they_were_packed_are_left_out(tmp_path):
+    keys = ["abcdefgh000", "abcdefgh001"]
+    long, short = encode(noise(8000), "wav"), encode(noise(4000), "wav")
+    index = index_shards([write_tar(tmp_path / "a.tar", {f"{key}.wav": long for key in keys})], Features())
+    row = members(index.shards[0])[1]
+    with open(index.shards[0].path, "r+b") as tar:
+        tar.seek(int(row["offset"]))
+        tar.write(short)
+    (tmp_path / "own.csv").write_text("".join(f'{key}, 0, 10, "/m/cat"\n' for key in keys))
+    made = split(str(tmp_path), tmp_path / "out", SplitSettings(tmp_path / "own.csv"))
+    assert [row["key"] for row in members(made.shards[0])] == [keys[0].encode()]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["reasons"] == {"changed": 1}
+
+
+def test_the_file_a_clip_was_packed_from_decides_before_its_key_and_its_start_counts(tmp_path):
+    listed, other, third = "abcdefgh000", "abcdefgh001", "abcdefgh002"
+    origins = {"clip": f"{listed}_30.wav", "later": f"{other}_70.wav", f"{third}_70": 3}
+    files = {}
+    for key, file in origins.items():
+        files |= {f"{key}.flac": encode(noise(4000)), f"{key}.json": json.dumps({"origin": {"file": file}}).encode()}
+    # Of a clip that was packed the start in its key is one in its file, and says nothing of the video.
+    files |= {f"{third}_20.flac": encode(noise(4000)), f"{third}_20.json": b'{"origin": {"file": "renamed.wav"}}'}
+    index_shards([write_tar(tmp_path / "a.tar", files)], Features())
+    (tmp_path / "own.csv").write_text("".join(f'{ytid}, 30, 40, "/m/cat"\n' for ytid in (listed, other, third)))
+    made = split(str(tmp_path), tmp_path / "out", SplitSettings(tmp_path / "own.csv"))
+    assert [row["key"].decode() for row in members(made.shards[0])] == ["clip", f"{third}_20"]
 
 
 def test_the_command_says_what_it_found_and_refuses_what_it_can_not_split(corpora, tmp_path):

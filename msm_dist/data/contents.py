@@ -5,6 +5,7 @@ what is no object of plain values counts as none. Fails with DataError on a tar 
 """
 
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ from msm_dist.data.logmel import SUFFIX
 from msm_dist.errors import DataError
 
 MAX_JSON_BYTES = 2**20
+MOST_SECONDS = 1e12
 
 
 class Stored(NamedTuple):
@@ -39,6 +41,15 @@ class Stored(NamedTuple):
         origin = self.description.get("origin")
         return origin if isinstance(origin, dict) else {}
 
+    @property
+    def start_seconds(self) -> float:
+        """Where in its file the clip begins, 0.0 where its json does not say so in a finite number."""
+        start = self.origin.get("start_seconds")
+        if isinstance(start, bool) or not isinstance(start, int | float):
+            return 0.0
+        # An integer may be beyond what a float can hold.
+        return float(start) if abs(start) < MOST_SECONDS else 0.0
+
 
 def stored_clips(shard: Shard) -> Iterator[Stored]:
     """The clips of a shard in the order of its sidecar. Raises DataError, OSError."""
@@ -56,8 +67,9 @@ def stored_clips(shard: Shard) -> Iterator[Stored]:
     with open(shard.path, "rb") as file:
         for row in members(shard):
             if int(row["offset"]) not in suffixes:
-                key = row["key"].decode(errors="replace")
-                raise DataError(f"{shard.path}: {key} is not where its sidecar says; see `msm-dist data verify`")
+                raise DataError(
+                    f"{shard.path}: {printable(row['key'])} is not where its sidecar says; see `msm-dist data verify`"
+                )
             stem, suffix = suffixes[int(row["offset"])]
             content = b""
             if place := places.get(stem):
@@ -80,6 +92,12 @@ def front_end_of(index: Index) -> Features | None:
         ) from None
 
 
+def printable(text: str | bytes) -> str:
+    """Text of strangers as it may reach a terminal: what is no UTF-8 or steers the terminal is escaped."""
+    text = text.decode(errors="backslashreplace") if isinstance(text, bytes) else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """A member's name without its suffix, and the suffix."""
     if name.endswith(SUFFIX):
@@ -88,9 +106,14 @@ def split_name(name: str) -> tuple[str, str]:
     return name.removesuffix(suffix), suffix
 
 
+def _finite(text: str) -> float | None:
+    """A number; NaN and infinities, which JSON has not, count as null."""
+    return number if math.isfinite(number := float(text)) else None
+
+
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
-        description = json.loads(content)
+        description = json.loads(content, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return {}
     return description if isinstance(description, dict) else {}

@@ -21,7 +21,7 @@ import torch
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, num_target_samples, probe, to_int16
 from msm_dist.data.audioset import USUAL_MEAN, USUAL_STD
-from msm_dist.data.contents import front_end_of, stored_clips
+from msm_dist.data.contents import front_end_of, printable, stored_clips
 from msm_dist.data.index import ACCESS, Index, Shard, members
 from msm_dist.data.logmel import SUFFIX
 from msm_dist.data.storage import Span, is_remote, open_store
@@ -76,28 +76,34 @@ def list_clips(shard: Shard) -> Iterator[str]:
     for row in members(shard):
         yield (
             f"{row['samples'] / row['rate']:9.3f} {row['rate']:7d} {row['format'].decode():<7} {row['size']:9d}  "
-            f"{_readable(row['key'])}"
+            f"{printable(row['key'])}"
         )
 
 
 def find_clip(index: Index, key: str) -> Place:
     """The clip with this key, or the only one whose key begins so. Raises ConfigError that names similar keys."""
-    wanted, keys, starting = key.encode(errors="surrogateescape"), [], []
+    wanted, keys, starting, shown = key.encode(errors="surrogateescape"), [], [], []
     for shard in index.shards:
         table = members(shard)
         exact = np.flatnonzero(table["key"] == wanted)
         if len(exact):
             return Place(shard, table[exact[0]])
         starting += [Place(shard, table[i]) for i in np.flatnonzero(np.char.startswith(table["key"], wanted))]
-        keys += [_readable(name) for name in table["key"][: max(0, SEARCHED - len(keys))]]
+        if "\\" in key:  # as this module shows keys that can't be typed
+            shown += [Place(shard, row) for row in table if printable(row["key"]) == key]
+        keys += [printable(name) for name in table["key"][: max(0, SEARCHED - len(keys))]]
+    if len(shown) == 1:
+        return shown[0]
     if len(starting) == 1:
         return starting[0]
     if starting:
-        shown = ", ".join(_readable(place.row["key"]) for place in starting[:SUGGESTIONS])
-        raise ConfigError(f"{key}: {len(starting)} keys in {index.location} begin so ({shown}, ...); give one of them")
+        some = ", ".join(printable(place.row["key"]) for place in starting[:SUGGESTIONS])
+        raise ConfigError(
+            f"{printable(key)}: {len(starting)} keys in {index.location} begin so ({some}, ...); give one of them"
+        )
     similar = difflib.get_close_matches(key, keys, SUGGESTIONS)
     remedy = f"did you mean {', '.join(similar)}?" if similar else f"such as {keys[0]}"
-    raise ConfigError(f"{key}: no clip of {index.location} has this key, {remedy}")
+    raise ConfigError(f"{printable(key)}: no clip of {index.location} has this key, {remedy}")
 
 
 def inspect_clip(index: Index, place: Place, out: Path, original: bool = False, overwrite: bool = False) -> list[str]:
@@ -110,7 +116,7 @@ def inspect_clip(index: Index, place: Place, out: Path, original: bool = False, 
     span = Span(shard.location, shard.bytes, int(row["offset"]), int(row["offset"] + row["size"]))
     content = bytes(open_store(shard.location, ACCESS).fetch([span])[0])
     seconds = row["samples"] / row["rate"]
-    lines = [f"{shard.location}: {_readable(row['key'])}", *_about(shard, row)]
+    lines = [f"{shard.location}: {printable(row['key'])}", *_about(shard, row)]
     lines.append(f"stored     {row['format'].decode()}, {row['size']} bytes from byte {row['offset']} of its tar")
     lines.append(f"sound      {seconds:.3f} s, {row['samples']} samples at {row['rate']} Hz")
     files = {}
@@ -125,10 +131,10 @@ def inspect_clip(index: Index, place: Place, out: Path, original: bool = False, 
             lines += [f"channels   {about.channels}, heard as their mean", f"level      {_level(samples)}"]
             files[".wav"] = _wav(samples, features.sample_rate)
     except BadClip as fault:
-        raise DataError(f"{shard.location}: {_readable(row['key'])}: {fault}; see `msm-dist data verify`") from None
+        raise DataError(f"{shard.location}: {printable(row['key'])}: {fault}; see `msm-dist data verify`") from None
     bands, frames = logmel.shape
     lines.append(f"log-mel    {frames} frames of {bands} bands, mean {logmel.mean():.3f}, std {logmel.std():.3f}")
-    files[".png"] = picture(logmel, features, _readable(row["key"]))
+    files[".png"] = picture(logmel, features, printable(row["key"]))
     if original:
         files[SUFFIX if index.kind == "logmel" else f".original.{row['format'].decode()}"] = content
     return [*lines, *(f"wrote      {path}" for path in _write(files, row["key"], out, overwrite))]
@@ -170,10 +176,6 @@ def _counted(values: Iterator[str]) -> str:
     return ", ".join(f"{value}: {count:,}" for value, count in Counter(values).most_common())
 
 
-def _readable(key: bytes) -> str:
-    return key.decode(errors="backslashreplace")
-
-
 def _about(shard: Shard, row: np.void) -> list[str]:
     """Labels and origin, by the clip's json."""
     if is_remote(shard.location):
@@ -183,7 +185,8 @@ def _about(shard: Shard, row: np.void) -> list[str]:
         return ["labels     none: there is no json beside the clip"]
     shown = {"labels": stored.description.get("labels"), "names": stored.description.get("names")}
     lines = [f"{name:<10} {', '.join(map(str, value))}" for name, value in shown.items() if isinstance(value, list)]
-    return [*lines, "origin     " + ", ".join(f"{name} {value}" for name, value in stored.origin.items())]
+    lines.append("origin     " + ", ".join(f"{name} {value}" for name, value in stored.origin.items()))
+    return [printable(line) for line in lines]
 
 
 def _level(samples: np.ndarray) -> str:
@@ -215,7 +218,7 @@ def _wav(samples: np.ndarray, rate: int) -> bytes:
 
 def _write(files: dict[str, bytes], key: bytes, out: Path, overwrite: bool) -> list[Path]:
     """Write all files or, where one is there already, none. Raises ConfigError."""
-    name = re.sub(NOT_IN_A_NAME, "_", _readable(key)).lstrip(".")[-MAX_NAME:] or "clip"
+    name = re.sub(NOT_IN_A_NAME, "_", printable(key)).lstrip(".")[-MAX_NAME:] or "clip"
     paths = {out / f"{name}{suffix}": content for suffix, content in files.items()}
     if there := [path for path in paths if path.exists() and not overwrite]:
         raise ConfigError(f"{there[0]}: is there already; choose another folder with --out, or --overwrite it")

@@ -28,7 +28,7 @@ from msm_dist.data import audioset
 from msm_dist.data.audio import BadClip, decode, num_target_samples, to_int16
 from msm_dist.data.claim import claimed
 from msm_dist.data.clips import LeftOut, Progress, quiet, write_report
-from msm_dist.data.contents import Stored, front_end_of, stored_clips
+from msm_dist.data.contents import Stored, front_end_of, printable, stored_clips
 from msm_dist.data.index import (
     INDEX_NAME,
     UNFINISHED_NAME,
@@ -220,7 +220,7 @@ def _listed_clips(task: tuple[Shard, Path, Path | None]) -> tuple[str, list[Chos
         ytid = _ytid(clip, segments)
         if ytid is None:
             continue
-        segment, start = segments[ytid], clip.origin.get("start_seconds")
+        segment = segments[ytid]
         description = clip.description | {
             "labels": segment.labels,
             "names": [names[label] for label in segment.labels] if names else [],
@@ -229,7 +229,7 @@ def _listed_clips(task: tuple[Shard, Path, Path | None]) -> tuple[str, list[Chos
         row = clip.row
         place = str(shard.path), int(row["offset"]), int(row["size"]), int(row["samples"]), int(row["rate"])
         about = row["format"].decode(), bytes(row["key"]), clip.suffix, ytid
-        chosen.append(Chosen(*place, *about, float(start) if isinstance(start, int | float) else 0.0, description))
+        chosen.append(Chosen(*place, *about, clip.start_seconds, description))
     return shard.name, chosen
 
 
@@ -325,7 +325,7 @@ def _report(made: Index, index: Index, settings: SplitSettings, found: set[str],
 
 
 def _shown(clip: Chosen) -> str:
-    return f"{Path(clip.shard).name}/{clip.key.decode(errors='backslashreplace')}"
+    return f"{Path(clip.shard).name}/{printable(clip.key)}"
 
 
 @lru_cache(1)

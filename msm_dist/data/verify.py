@@ -16,7 +16,7 @@ import numpy as np
 
 from msm_dist.data.audio import BadClip, decode, num_target_samples
 from msm_dist.data.clips import Progress, quiet
-from msm_dist.data.contents import front_end_of, split_name
+from msm_dist.data.contents import front_end_of, printable, split_name
 from msm_dist.data.index import ACCESS, Index, Shard, check_shards, members, shard_fault
 from msm_dist.data.logmel import HEADER_BYTES, check_rows
 from msm_dist.data.storage import Access, is_remote, open_store
@@ -78,7 +78,7 @@ def _clip_faults(index: Index, shard: Shard, table: np.ndarray, decode_clips: bo
         walked = _members_of(shard.path) if strange else {}
         misplaced = {int(row["offset"]) for row in strange if not _is_named(row, walked.get(int(row["offset"])))}
         for row in table:
-            name = f"{shard.location}: {row['key'].decode(errors='replace')}"
+            name = f"{shard.location}: {printable(row['key'])}"
             if int(row["offset"]) in misplaced:
                 yield f"{name}: its sidecar says that it begins at byte {row['offset']}, which its tar does not"
                 continue

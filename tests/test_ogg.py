@@ -38,6 +38,26 @@ def test_a_file_cut_off_or_zeroed_at_its_end_is_found(codec, share):
 
 
 @pytest.mark.parametrize("codec", FILES)
+@pytest.mark.parametrize("tail", [b"\0", bytes(100), b"TAG" + b"title".ljust(125, b"\0"), b"Ogg"])
+def test_bytes_behind_the_last_page_are_not_of_the_sound(codec, tail):
+    whole = FILES[codec]
+    assert damaged_page(whole + tail) is None
+    np.testing.assert_array_equal(decode(whole + tail, 16000), decode(whole, 16000))
+    # With another page behind them, or before the end of the stream, they are damage.
+    assert damaged_page(whole + tail + whole) == len(whole)
+    last = whole.rindex(b"OggS")
+    assert damaged_page(whole[:last] + tail + b"x" * 40) == last
+    assert damaged_page(tail + b"x" * 40) == 0
+
+
+def test_the_end_of_one_stream_is_not_that_of_another():
+    vorbis, opus = FILES["ogg"], FILES["opus"]
+    place = opus.rindex(b"OggS")
+    assert damaged_page(opus[:place] + vorbis + opus[place:]) is None
+    assert damaged_page(opus[:place] + vorbis + b"-" + opus[place + 1 :]) == place + len(vorbis)
+
+
+@pytest.mark.parametrize("codec", FILES)
 def test_a_damaged_page_is_no_audio_anywhere_in_the_clip(codec):
     content = bytearray(FILES[codec])
     content[len(content) * 3 // 4] ^= 0xFF

@@ -2,13 +2,15 @@
 
 In: the bytes of a file. Out: where the first damaged page is. RFC 3533, section 6, describes pages and their checksum:
 CRC-32 of polynomial 0x04c11db7, most significant bit first, from 0, over the page with the checksum's field as zeros.
+Bytes behind the last page of all streams (padding, a tag) are none of theirs, if they hold no further page.
 """
 
 import zlib
 
 PAGE_START = b"OggS"
 HEADER_BYTES = 27
-CHECKSUM = slice(22, 26)
+FLAGS, SERIAL, CHECKSUM = 5, slice(14, 18), slice(22, 26)
+ENDS_STREAM = 4
 
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -20,17 +22,21 @@ def is_ogg(content: bytes | bytearray | memoryview) -> bool:
 
 def damaged_page(content: bytes | bytearray | memoryview) -> int | None:
     """Offset of the first page that is not whole, None if all are."""
-    start = 0
+    start, unended = 0, set()
     while start < len(content):
         header = bytes(content[start : start + HEADER_BYTES])
         if len(header) < HEADER_BYTES or not is_ogg(header):
-            return start
+            behind = start > 0 and not unended and PAGE_START not in bytes(content[start:])
+            return None if behind else start
         body = start + HEADER_BYTES + header[-1]
         stop = body + sum(content[start + HEADER_BYTES : body])
         page = bytearray(content[start:stop])
         page[CHECKSUM] = bytes(4)
-        if len(page) < stop - start or checksum(page) != int.from_bytes(header[CHECKSUM], "little"):
+        if checksum(page) != int.from_bytes(header[CHECKSUM], "little"):
             return start
+        unended.add(header[SERIAL])
+        if header[FLAGS] & ENDS_STREAM:
+            unended.remove(header[SERIAL])
         start = stop
     return None
 

@@ -8,10 +8,11 @@ import pytest
 
 from msm_dist.config import Features
 from msm_dist.data.index import file_sha256, load_index, member_table, members, write_index, write_members
+from msm_dist.data.pack import PackSettings, pack
 from msm_dist.data.shards import index_shards
 from msm_dist.data.verify import num_processes, verify_shards
 from msm_dist.errors import DataError
-from tests.audio_files import encode, noise
+from tests.audio_files import encode, noise, write_audio
 from tests.http_server import serving
 from tests.test_data_commands import run
 from tests.test_shards import write_tar
@@ -43,6 +44,36 @@ def test_a_sidecar_that_points_at_another_clip_is_found(tmp_path):
     faults = verify_shards(load_index(str(tmp_path)), decode_clips=False)
     assert [fault.split(": ")[1] for fault in faults] == ["clip1", "clip2"]
     assert all("which its tar does not" in fault for fault in faults)
+
+
+def with_rows(index, change):
+    """The index, of one shard, with a sidecar whose rows (offset, size, samples, rate, format, key) are changed."""
+    rows = change([list(row) for row in members(index.shards[0]).tolist()])
+    digest = write_members(index.shards[0].members_path, member_table(map(tuple, rows)))
+    return replace(index, shards=(replace(index.shards[0], members_sha256=digest),))
+
+
+def test_a_header_of_another_size_or_name_is_found(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"here.flac": encode(noise(4000)), "one.flac": encode(noise(4000, 1))})
+    index = index_shards([tar], Features())
+    offset, size, *rest = members(index.shards[0]).tolist()[1]
+    index = with_rows(index, lambda rows: [rows[0], [offset, size - 1, *rest]])
+    (fault,) = verify_shards(index, decode_clips=False)
+    assert fault.startswith(f"{tar}: one: its sidecar says")
+    for key, faults in ((b"one", 0), (b"a/one", 0), (b"phone", 1), (b"ne", 1), (b"one/other", 1)):
+        index = with_rows(index, lambda rows, key=key: [rows[0], [offset, size, *rest[:-1], key]])
+        assert len(verify_shards(index, decode_clips=False)) == faults, key
+
+
+def test_stored_log_mels_of_another_length_than_their_clips_are_found(tmp_path):
+    for number in range(2):
+        write_audio(tmp_path / "files" / f"{number}.flac", noise(16000, number))
+    index = pack(tmp_path / "files", tmp_path / "mels", PackSettings(kind="logmel"))
+    assert verify_shards(index, decode_clips=True) == []
+    key = members(index.shards[0])[1]["key"].decode()
+    longer = with_rows(index, lambda rows: [rows[0], [*rows[1][:2], 16160, *rows[1][3:]]])
+    (fault,) = verify_shards(longer, decode_clips=False)
+    assert f"{key}: its stored log-mel has" in fault and "102 frames of 80 bands need" in fault
 
 
 def test_every_flipped_byte_of_a_shard_is_found(tmp_path):

@@ -8,14 +8,18 @@ disagreement, and with the errors of unreadable files.
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
 from msm_dist.config import flat_items, flat_settings, load_config
-from msm_dist.errors import DataError, MsmError
+from msm_dist.data.mix import count_places
+from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.monitor import read_metrics
 
 TOLERANCE = 0.05
@@ -49,6 +53,8 @@ class Record:
 
     folder: Path
     settings: dict[str, Any]
+    mix: dict[str, float] | None
+    """data.mix, of which settings have the weights alone."""
     environment: dict[str, Any]
     train: dict[int, dict[str, float]]
     """Metric lines by step, and below those of validation."""
@@ -85,7 +91,8 @@ def compare(run: Path, reference: Path, tolerance: float = TOLERANCE) -> str:
 
 def read_record(folder: Path) -> Record:
     """Read a run folder's config.yaml, metrics.jsonl, environment.json. Raises ConfigError, DataError."""
-    settings = flat_settings(load_config(folder / "config.yaml").model_dump(mode="json"))
+    cfg = load_config(folder / "config.yaml")
+    settings = flat_settings(cfg.model_dump(mode="json"))
     lines = read_metrics(folder / "metrics.jsonl")
     train = {line["step"]: line for line in lines if "loss" in line}
     if not train:
@@ -103,16 +110,34 @@ def read_record(folder: Path) -> Record:
         raise DataError(f"{path}: can't be read ({error}); a run writes it when it starts") from None
     environment.pop("started", None)
     environment.pop("job", None)
-    return Record(folder, settings, environment, train, valid)
+    return Record(folder, settings, cfg.data.mix, environment, train, valid)
 
 
 def _setting_faults(ours: Record, theirs: Record) -> Iterator[str]:
     for name, mine, other in _differences(ours.settings, theirs.settings):
+        if name == "data.mix" and mine and other and _same_places(mine, other):
+            continue
         if not name.startswith(PLACES + EXECUTION):
             yield (
-                f"{name} = {mine!r}: the reference has {other!r}; run with {name}={other}, or compare with a "
-                "run of these settings"
+                f"{name} = {mine!r}: the reference has {other!r}; run with {_as_override(name, theirs)}, or compare "
+                "with a run of these settings"
             )
+
+
+def _same_places(mine: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether the weights of two mixes come to the same order."""
+    try:
+        return len(mine) == len(other) and count_places(mine, mine) == count_places(other, other)
+    except ConfigError:
+        return False
+
+
+def _as_override(name: str, record: Record) -> str:
+    """What to type for a setting of a record."""
+    value = record.mix if name == "data.mix" else record.settings.get(name)
+    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    word = shlex.quote(f"{name}={text.removesuffix(chr(10)).removesuffix('...').strip()}")
+    return f"data.shards=null {word}" if name == "data.mix" and value else word
 
 
 def _length_faults(ours: Record, theirs: Record, steps: Sequence[int]) -> Iterator[str]:

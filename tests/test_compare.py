@@ -1,11 +1,12 @@
 """A run compared with a reference: what must agree, what is only shown."""
 
 import json
+import shlex
 
 import pytest
 
 from msm_dist.compare import Mismatch, compare
-from msm_dist.config import dump_config, parse_config
+from msm_dist.config import dump_config, load_config, parse_config
 from msm_dist.errors import ConfigError, DataError
 
 ENVIRONMENT = {"started": "today", "device": "CPU (x86_64)", "world_size": 2, "versions": {"torch": "2.13.0"}}
@@ -19,7 +20,7 @@ def losses(steps=100, every=10, factor=1.0):
 def write_run(folder, logged=None, valid=VALID, rate=100.0, environment=None, **settings):
     values = {
         "run": {"name": folder.name},
-        "data": {"shards": str(folder)},
+        "data": settings.pop("data", {"shards": str(folder)}),
         "train": {"steps": 100, "log_every": 10, **settings.pop("train", {})},
         **settings,
     }
@@ -116,6 +117,40 @@ def test_other_settings_are_a_mismatch_with_both_values(tmp_path, reference):
     assert "seed = 7: the reference has 0; run with seed=0" in faults
     assert "run.name" not in faults
     assert "data.shards" not in faults
+
+
+def words_of(faults, name):
+    """The overrides that a fault says to run with."""
+    (fault,) = [line for line in faults.splitlines() if line.strip().startswith(f"{name} = ")]
+    return shlex.split(fault.split("; run with ")[1].split(", or compare")[0])
+
+
+def test_what_to_run_with_can_be_typed_and_gives_the_references_settings(tmp_path, reference):
+    mix = {"mix": {str(tmp_path / "a b"): 3, "https://host/c": 0.1}, "shards": None}
+    mixed = write_run(
+        tmp_path / "mixed", data=mix, optim={"betas": [0.8, 0.9], "clip_norm": 1e-5}, model={"size": "tiny"}
+    )
+    names = ("data.mix", "optim.betas", "optim.clip_norm", "model.size")
+    for run, other in ((mixed, reference), (reference, mixed)):
+        faults = fault_of(run, other)
+        wanted = load_config(other / "config.yaml")
+        words = [word for name in names for word in words_of(faults, name)]
+        if wanted.data.mix is None:
+            words.append(f"data.shards={wanted.data.shards}")
+        got = load_config(run / "config.yaml", words)
+        assert (got.data.mix, got.data.shards) == (wanted.data.mix, wanted.data.shards)
+        assert (got.optim, got.model) == (wanted.optim, wanted.model)
+
+
+def test_weights_of_a_mix_agree_by_their_ratio(tmp_path):
+    def run_of(name, *weights):
+        mix = {"mix": {f"folder {i}": weight for i, weight in enumerate(weights)}, "shards": None}
+        return write_run(tmp_path / name, data=mix)
+
+    reference = run_of("reference", 3, 1)
+    assert "the same run" in compare(run_of("same", 0.75, 0.25), reference)
+    for number, weights in enumerate([(1, 1), (3, 1, 1), (1e9, 1)]):
+        assert "data.mix = " in fault_of(run_of(f"other-{number}", *weights), reference)
 
 
 def test_settings_of_execution_are_shown_but_not_judged(tmp_path, reference):

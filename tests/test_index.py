@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from msm_dist.data.index import (
 )
 from msm_dist.errors import DataError
 from tests.shards import noise_clips, write_corpus
+from tests.test_data_commands import run
 
 
 @pytest.fixture
@@ -281,3 +283,12 @@ def test_member_table_keeps_long_keys_and_no_rows(tmp_path):
     table = member_table([(512, 9, 100, 8000, "wav", b"a"), (2048, 9, 100, 8000, "mp3", b"folder/" + b"k" * 90)])
     assert table["key"].tolist() == [b"a", b"folder/" + b"k" * 90]
     assert len(member_table([])) == 0
+
+
+def test_a_folder_may_be_called_as_a_shard_is(corpus, tmp_path):
+    folder = shutil.copytree(corpus.root, tmp_path / "corpus.tar")
+    for given in (str(folder), [str(folder)], f"{folder}/"):
+        found = load_index(given)
+        assert (found.digest, found.root) == (corpus.digest, folder)
+    assert load_index(f"{folder}/{corpus.shards[0].name}").shards[0].path == folder / corpus.shards[0].name
+    assert corpus.digest in run("inspect", folder)

@@ -34,14 +34,13 @@ def test_every_file_comes_from_its_folder_in_the_order_asked_for(files, monkeypa
     store, names = FolderStores(Access()), [*files, *reversed(files)]
     spans = [Span(name, len(files[name]), 0, len(files[name])) for name in names]
     assert [bytes(content) for content in store.fetch(spans)] == [files[name] for name in names]
-    assert store.sizes([*names, names[0] + "x"]) == [*(len(files[name]) for name in names), None]
     assert store.read(names) == [files[name] for name in names]
     assert sorted(opened) == sorted({name.rpartition("/")[0] for name in names})
 
 
 def test_nothing_asked_for_is_nothing_opened():
     store = FolderStores(Access())
-    assert store.fetch([]) == [] and store.sizes([]) == []
+    assert store.fetch([]) == [] and store.read([]) == []
 
 
 def test_a_mix_of_a_disk_and_a_web_server_gives_the_crops_of_two_folders(tmp_path):

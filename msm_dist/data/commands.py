@@ -188,12 +188,13 @@ def inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")] = False,
 ) -> None:
     """Show what is in a corpus, in a shard, or in a clip: with a spectrogram picture and the sound."""
+    from msm_dist.data.index import is_tar
     from msm_dist.data.inspect import find_clip, inspect_clip, list_clips, summarize
 
     found = _packed(where)
     if key is not None:
         lines = inspect_clip(found, find_clip(found, key), out, original, overwrite)
-    elif where.endswith(".tar"):
+    elif is_tar(where):
         lines = list_clips(found.shards[0])
     else:
         _show(found)

@@ -146,12 +146,17 @@ def load_index(shards: str | Sequence[str], access: Access = ACCESS) -> Index:
         check_location(str(text))
     names = [name for text in given for name in _expand(str(text))]
     if not names:
-        raise DataError("data.shards is empty: name a folder made by `msm-dist data pack`")
+        raise DataError("the list of shards is empty: name a folder made by `msm-dist data pack`")
     store = open_store(names[0], access)
-    if len(names) == 1 and not names[0].endswith(".tar"):
+    if len(names) == 1 and not is_tar(names[0]):
         folder, name = split(names[0])
         return _read_index(folder if name == INDEX_NAME else names[0], store)
     return _select(names, store)
+
+
+def is_tar(location: str) -> bool:
+    """Whether a location is meant as a shard: a folder may be called so too, a local one that is there is none."""
+    return location.endswith(".tar") and (is_remote(location) or not Path(location).is_dir())
 
 
 def write_index(index: Index) -> None:
@@ -311,7 +316,7 @@ def _expand(text: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(text))
     except braceexpand.UnbalancedBracesError:
-        raise DataError(f"data.shards = {text}: unbalanced braces; write name-{{000000..000009}}.tar") from None
+        raise DataError(f"{text}: unbalanced braces; write name-{{000000..000009}}.tar") from None
 
 
 def _read_index(root: str, store: Store) -> Index:
@@ -360,17 +365,17 @@ def _contradictions(entry: _IndexFile) -> Iterable[str]:
 
 def _select(names: Sequence[str], store: Store) -> Index:
     """The named tars of the one folder they lie in."""
-    if other := [name for name in names if not name.endswith(".tar")]:
-        raise DataError(f"data.shards names {other[0]} among tars: give one folder, or .tar files only")
+    if other := [name for name in names if not is_tar(name)]:
+        raise DataError(f"a corpus names {other[0]} among tars: give one folder, or .tar files only")
     folders = sorted({split(name)[0] for name in names})
     if len(folders) > 1:
-        raise DataError(f"data.shards names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder")
+        raise DataError(f"a corpus names tars in {folders[0]} and {folders[1]}: one corpus lies in one folder")
     index = _read_index(folders[0], store)
     wanted = {split(name)[1] for name in names}
     if unknown := sorted(wanted - {shard.name for shard in index.shards}):
         raise DataError(
-            f"{join(index.location, INDEX_NAME)} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars in "
-            "data.shards); index them with `msm-dist data index FOLDER/*.tar`"
+            f"{join(index.location, INDEX_NAME)} lacks {unknown[0]} ({len(unknown)} of the {len(wanted)} tars that "
+            "are named); index them with `msm-dist data index FOLDER/*.tar`"
         )
     shards = tuple(shard for shard in index.shards if shard.name in wanted)
     seconds = sum((table["samples"] / table["rate"]).sum() for table in tables(shards, store))

@@ -96,12 +96,12 @@ def check_location(location: str) -> None:
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc:
         raise DataError(
-            f"data.shards = {shown}: its URL holds a user name; leave it out and name user and password in ~/.netrc "
+            f"{shown}: its URL holds a user name; leave it out and name user and password in ~/.netrc "
             "(or the file that NETRC names), or use the environment variables of the store's own library"
         )
     if parts.query or parts.fragment:
         raise DataError(
-            f"data.shards = {shown}: its URL has a query or fragment behind the path, which would not hold for the "
+            f"{shown}: its URL has a query or fragment behind the path, which would not hold for the "
             "other files of the corpus; give the bare URL, and access by ~/.netrc or by s3://, gs:// or abfs:// with "
             "credentials in the environment"
         )

@@ -16,14 +16,6 @@ class FolderStores:
         self._access = access
         self._stores: dict[str, Store] = {}
 
-    def sizes(self, locations: Sequence[str]) -> list[int | None]:
-        """Bytes of files, None where there is none."""
-        found: list[int | None] = [None] * len(locations)
-        for store, places in self._grouped(locations):
-            for place, size in zip(places, store.sizes([locations[place] for place in places]), strict=True):
-                found[place] = size
-        return found
-
     def read(self, locations: Sequence[str]) -> list[bytes]:
         """Whole, small files. Raises FileNotFoundError, OSError."""
         found: list[bytes | None] = [None] * len(locations)

@@ -44,7 +44,9 @@ def test_stage_and_offload_beside_a_deepspeed_file_are_refused_but_where_an_earl
     sections = {"engine": {"deepspeed": "own.json"}}
     recorded = parse_config({"train": {"steps": 3}} | sections, "test").model_dump(mode="json")
     path = write(tmp_path / "config.yaml", yaml.safe_dump(recorded))
-    assert load_config(path).engine.deepspeed == "own.json"
+    cfg = load_config(path)
+    assert cfg.engine.deepspeed == "own.json"
+    assert set(yaml.safe_load(dump_config(cfg))["engine"]) == {"compile", "deepspeed", "timeout_minutes"}
     with pytest.raises(ConfigError, match=r"engine.zero_stage = 2: give one of them"):
         load_config(path, ["engine.zero_stage=2"])
 

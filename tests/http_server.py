@@ -43,7 +43,17 @@ FAULTS = (
     "encoded",  # says gzip
     "redirect",  # to the same file, under another name
     "loop",  # redirects without end
+    "slow-headers",  # a byte of a header now and then
+    "continue",  # interim answers without end
+    "slow-chunk",  # a byte of a chunk's header now and then
+    "redirect-body",  # a redirect with a body without end
 )
+ENDLESS = {
+    "slow-headers": (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "slow-chunk": (b"HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\n%s\r\n1;", b"a"),
+    "redirect-body": (b"HTTP/1.1 302 Found\r\nLocation: /again%s\r\nContent-Length: 1000000000000\r\n\r\n", b"a"),
+}
 STATUSES = {"gone": 404, "forbidden": 403, "login": 401, "teapot": 418, "busy": 503}
 TRICKLE_SECONDS = 0.05
 
@@ -148,7 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.log.append(request)
         fault = self.state.faults(request)
         path = self.folder / name.removeprefix("again/")
-        if fault in ("reset", "stall"):
+        if fault in ENDLESS and not name.startswith("again/"):
+            said = f"Content-Range: bytes {start}-{stop - 1}/{path.stat().st_size}\r\n"
+            inside = {"slow-chunk": said, "redirect-body": self.path}.get(fault)
+            before, again = ENDLESS[fault]
+            self._without_end(before % inside.encode() if inside else before, again)
+        elif fault in ("reset", "stall"):
             self._drop(stall=fault == "stall")
         elif fault == "chatty":
             self.send_response(503)
@@ -204,6 +219,13 @@ class _Handler(BaseHTTPRequestHandler):
                     break
         else:
             self.wfile.write(body)
+
+    def _without_end(self, before: bytes, again: bytes) -> None:
+        self.wfile.write(before)
+        self.wfile.flush()
+        while not self.state.over.wait(TRICKLE_SECONDS):
+            self.wfile.write(again)
+            self.wfile.flush()
 
     def _status(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

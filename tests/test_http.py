@@ -23,11 +23,12 @@ from tests.test_crops import FEATURES, FRAMES
 
 QUICK = Access(timeout=0.4, retries=3, connections=4)  # for faults that last as long as they are borne with
 PATIENT = Access(timeout=4.0, retries=3, connections=4)
-SLOW = ("stall", "stall-body", "trickle")
+SLOW = ("stall", "stall-body", "trickle", "slow-headers", "continue", "slow-chunk")
 CONTENT = np.random.default_rng(0).bytes(300_000)
 PASSING = (
     *("500", "502", "503", "429", "busy", "stall", "stall-body", "trickle"),
     *("reset", "truncate", "short", "long", "range", "unsaid", "chatty"),
+    *("slow-headers", "continue", "slow-chunk"),
 )
 
 
@@ -102,6 +103,9 @@ def test_a_fault_that_stays_is_one_message_with_what_how_often_and_how_to_go_on(
         ("stall", "no byte for 0.4 s"),
         ("stall-body", "no byte for 0.4 s"),
         ("trickle", r"only \d+ of 1000 bytes in 0.82 s"),
+        ("slow-headers", "no whole answer in 0.8 s"),
+        ("continue", "no whole answer in 0.8 s"),
+        ("slow-chunk", "no whole answer in 0.82 s"),
         ("truncate", "the connection ended 500 bytes early"),
         ("short", "500 bytes are announced, 1000 were asked for"),
         ("long", "1001 bytes are announced, 1000 were asked for"),
@@ -149,6 +153,11 @@ def test_a_redirect_is_followed_and_its_signature_shown_nowhere(server, caplog):
     with pytest.raises(DataError, match="status 500") as error:
         fetched(server, (10, 20))
     assert "SECRET" not in str(error.value) + caplog.text
+
+
+def test_a_redirect_is_followed_though_its_body_has_no_end(server):
+    server.faults = lambda request: "redirect-body"
+    assert fetched(server, (10, 20)) == [CONTENT[10:20]]
 
 
 def test_a_server_that_asks_to_wait_is_waited_for_within_reason(monkeypatch):

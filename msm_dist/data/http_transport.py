@@ -12,18 +12,18 @@ import netrc
 import os
 import re
 import ssl
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3 import exceptions
 
+from msm_dist.data.http_deadline import POOLS, Attempt, Deadlines
 from msm_dist.data.remote import AGAIN, MAX_SMALL_FILE, SIZES_PER_CONNECTION, Unavailable, attempt_seconds
 from msm_dist.data.storage import Access, Span, check_size
 from msm_dist.errors import DataError
@@ -40,27 +40,30 @@ class HttpTransport:
 
     def __init__(self, location: str, access: Access) -> None:
         self._timeout = access.timeout
-        self._headers = {"Accept-Encoding": "identity", "User-Agent": "msm-dist", **_login(location)}
+        self._server = urlsplit(location)[:2]
+        self._login = _login(location)
         self._pool = _pool(location, access)
+        self._deadlines = Deadlines(access.timeout)
 
     def size(self, location: str) -> int:
         """Bytes of a file, as a HEAD request tells."""
-        with self._answer("HEAD", location, {}) as answer:
+        with self._answer("HEAD", location, {}) as (answer, _):
             _refuse_fault(location, answer.status, answer.headers)
             return _content_length(location, answer.headers)
 
     def read(self, location: str) -> bytes:
         """A whole, small file."""
-        with self._answer("GET", location, {}) as answer:
+        with self._answer("GET", location, {}) as (answer, attempt):
             _refuse_fault(location, answer.status, answer.headers)
             length = _content_length(location, answer.headers)
             if length > MAX_SMALL_FILE:
                 raise DataError(f"{location}: {length} bytes; {MAX_SMALL_FILE} are the most for a file of its kind")
-            return self._body(answer, length)
+            return self._body(answer, length, attempt)
 
     def read_span(self, span: Span) -> bytes:
         """Just the bytes of a span. Raises DataError where the file has not the span's size."""
-        with self._answer("GET", span.location, {"Range": f"bytes={span.start}-{span.stop - 1}"}) as answer:
+        range_ = {"Range": f"bytes={span.start}-{span.stop - 1}"}
+        with self._answer("GET", span.location, range_) as (answer, attempt):
             if answer.status == 416 and (
                 found := re.fullmatch(r"bytes \*/(\d{1,18})", _header(answer, "Content-Range"))
             ):
@@ -73,41 +76,62 @@ class HttpTransport:
                     "or copy the shards to a disk"
                 )
             self._check_range(span, _header(answer, "Content-Range"))
-            return self._body(answer, span.stop - span.start)
+            return self._body(answer, span.stop - span.start, attempt)
 
     @contextmanager
-    def _answer(self, method: str, location: str, headers: Mapping[str, str]):
+    def _answer(
+        self, method: str, location: str, headers: Mapping[str, str]
+    ) -> Iterator[tuple[urllib3.BaseHTTPResponse, Attempt]]:
         """The answer to a request, its body unread; faults of urllib3 come out as ours."""
-        retries = urllib3.Retry(
-            total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS, respect_retry_after_header=False
-        )
         answer = None
-        try:
-            answer = self._pool.request(
-                method,
-                location,
-                headers=self._headers | headers,
-                retries=retries,
-                timeout=urllib3.Timeout(connect=self._timeout, read=self._timeout),
-                preload_content=False,
-                decode_content=False,
-            )
-            yield answer
-        except (exceptions.HTTPError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
+        with self._deadlines.attempt(attempt_seconds(0, self._timeout)) as attempt:
+            try:
+                answer = self._followed(method, location, headers)
+                attempt.check()  # what was cut off reads as headers that end
+                yield answer, attempt
+            except FileNotFoundError:
                 raise
-            raise self._fault(location, error) from None
-        finally:
-            # Where something is left of the body its connection can't be used again.
-            if answer is not None and answer.length_remaining == 0:
-                answer.release_conn()
-            elif answer is not None:
-                answer.close()
+            except (exceptions.HTTPError, OSError) as error:
+                attempt.check()
+                raise self._fault(location, error) from None
+            finally:
+                if answer is not None:
+                    _leave(answer)
+
+    def _followed(self, method: str, location: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        """The answer where redirects end. urllib3's own following would first read their bodies, however long."""
+        url = location
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = self._request(method, url, headers)
+            target = answer.get_redirect_location()
+            if not target:
+                return answer
+            _leave(answer)
+            try:
+                url = urljoin(url, target)
+                is_http = urlsplit(url).scheme in ("http", "https")
+            except ValueError:
+                is_http = False
+            if not is_http:
+                raise DataError(f"{location}: it redirects to what is no URL of a file")
+        raise DataError(f"{location}: more than {MAX_REDIRECTS} redirects; name the place where they end")
+
+    def _request(self, method: str, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        # The password is for this server, and for no other that it may name.
+        login = self._login if urlsplit(url)[:2] == self._server else {}
+        return self._pool.request(
+            method,
+            url,
+            headers={"Accept-Encoding": "identity", "User-Agent": "msm-dist", **login, **headers},
+            retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, respect_retry_after_header=False),
+            redirect=False,
+            timeout=urllib3.Timeout(connect=self._timeout, read=self._timeout),
+            preload_content=False,
+            decode_content=False,
+        )
 
     def _fault(self, location: str, error: Exception) -> Exception:
         cause = getattr(error, "reason", error)
-        if isinstance(cause, exceptions.ResponseError):
-            return DataError(f"{location}: more than {MAX_REDIRECTS} redirects; name the place where they end")
         if isinstance(error, exceptions.LocationValueError):
             return DataError(f"{location}: no URL of a file, or it redirects to one that is none")
         chain = [error, cause, *_behind(cause), *getattr(cause, "args", ())]
@@ -137,23 +161,30 @@ class HttpTransport:
         if (start, last + 1) != (span.start, span.stop):
             raise Unavailable(f"bytes {start}-{last} came, {span.start}-{span.stop - 1} were asked for")
 
-    def _body(self, answer: urllib3.BaseHTTPResponse, length: int) -> bytes:
+    def _body(self, answer: urllib3.BaseHTTPResponse, length: int, attempt: Attempt) -> bytes:
         """Just `length` bytes. Raises Unavailable on another length, and past the time that they may take."""
         if (said := _header(answer, "Content-Length")) and said != str(length):
             raise Unavailable(f"{said} bytes are announced, {length} were asked for")
-        deadline = time.monotonic() + attempt_seconds(length, self._timeout)
+        attempt.seconds = attempt_seconds(length, self._timeout)
         content = bytearray()
         while chunk := answer.read1(CHUNK_BYTES, decode_content=False):
             content += chunk
             if len(content) > length:
                 break
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"only {len(content)} of {length} bytes in {attempt_seconds(length, self._timeout):g} s"
-                )
+            if attempt.is_late():
+                raise Unavailable(f"only {len(content)} of {length} bytes in {attempt.seconds:g} s")
         if len(content) != length:
             raise Unavailable(f"{len(content)} bytes came, {length} were asked for")
         return bytes(content)
+
+
+def _leave(answer: urllib3.BaseHTTPResponse) -> None:
+    """Keep the connection of an answer, unless something is left of the body: then it can't be used again."""
+    if answer.length_remaining == 0:
+        answer.drain_conn()  # of nothing, which http.client needs
+        answer.release_conn()
+    else:
+        answer.close()
 
 
 def _refuse_fault(location: str, status: int, headers: Mapping[str, str]) -> None:
@@ -212,14 +243,17 @@ def _pool(location: str, access: Access) -> urllib3.PoolManager:
     settings = {"maxsize": SIZES_PER_CONNECTION * access.connections}
     proxy = getproxies().get(parts.scheme)
     if proxy is None or proxy_bypass(parts.netloc):
-        return urllib3.PoolManager(**settings)
-    user = urlsplit(proxy)
-    login = f"{user.username}:{user.password or ''}" if user.username else None
-    return urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login), **settings)
+        pool = urllib3.PoolManager(**settings)
+    else:
+        user = urlsplit(proxy)
+        login = f"{user.username}:{user.password or ''}" if user.username else None
+        pool = urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login), **settings)
+    pool.pool_classes_by_scheme = POOLS
+    return pool
 
 
 def _login(location: str) -> dict[str, str]:
-    """The header for the user that .netrc names for the server; urllib3 drops it where a redirect leaves the server."""
+    """The header for the user that .netrc names for the server."""
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     if not path.is_file():
         return {}

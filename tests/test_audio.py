@@ -6,11 +6,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msm_dist.data import mp3
 from msm_dist.data.audio import (
+    CHUNK_VALUES,
     BadClip,
+    Packed,
     decode,
     decode_crop,
     fit_int16,
@@ -171,6 +175,72 @@ def test_broken_file_is_a_named_fault_in_bounded_memory(name):
     assert fault.value.reason == reason
     assert fault.value.reason in str(fault.value)
     assert peak < 50e6
+
+
+def _mpeg(head: bytes) -> int:
+    return next(i for i in range(len(head)) if mp3.frame_size(head[i : i + 4]))
+
+
+@pytest.fixture(scope="module")
+def bare_mp3() -> tuple[bytes, int]:
+    """A VBR MP3 of noise that gets quieter, without its first frame, which tells the length; and how long it is."""
+    rate = 16000
+    sound = noise(rate * 30) // np.repeat([1, 400], rate * 15)
+    content = encode(sound.astype(np.int16), "mp3", rate)
+    first = _mpeg(content)
+    place = content.find(b"Xing") if b"Xing" in content[:1000] else content.find(b"Info")
+    assert 0 < place < 1000
+    return content[first + mp3.frame_size(content[first : first + 4]) :], len(sound)
+
+
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\x05" + bytes(261), b"VBRI", b"Xing"])
+def test_all_of_an_mp3_without_a_length_is_there(bare_mp3, tag):
+    content, samples = bare_mp3
+    if tag in (b"VBRI", b"Xing"):
+        # A first frame that says something else than their number.
+        start = mp3.count_header(content[:4], 7)
+        content = start.replace(b"Xing\0\0\0\x01", tag + bytes(4)) + content
+    else:
+        content = tag + content
+    for source in (content, io.BytesIO(content)):
+        info = probe(source)
+        assert samples <= info.samples <= samples + 3000
+        whole = decode(source, 16000)
+        assert len(whole) == info.samples
+    # Its packing takes it for what it is, and so does training.
+    packed = Packed(info.samples, 16000, "mp3")
+    crop = decode_crop(memoryview(content), 400000, 410000, info.samples, 16000, packed)
+    assert np.abs(crop.astype(int) - to_int16(whole[400000:410000])).max() <= 1
+
+
+def test_half_an_mp3_without_a_length_is_what_is_there(bare_mp3):
+    content, _ = bare_mp3
+    info = probe(content[: len(content) // 2])
+    assert len(decode(content[: len(content) // 2], 16000)) == info.samples
+    damaged = content[:5000] + bytes(3000) + content[8000:]
+    assert probe(damaged).samples < probe(content).samples
+    for text in (b"\xff\xfb", b"ID3", b"ID3\x04\0\0\0\0\x7f\x7f", content[:100]):
+        with pytest.raises(BadClip):
+            decode(text, 16000)
+
+
+def test_crops_and_pieces_of_an_mp3_begin_without_noise():
+    # At few bits a frame is spread over many before it.
+    samples = tone(440, 24000, seconds=60)
+    file = io.BytesIO()
+    soundfile.write(file, samples + noise(len(samples)) // 20, 24000, format="MP3", compression_level=0.99)
+    encoded = file.getvalue()
+    with soundfile.SoundFile(io.BytesIO(encoded)) as sound:
+        whole = to_int16(sound.read(dtype="float32")).astype(int)
+    for start in range(30000, len(whole) - 20000, 50021):
+        crop = decode_crop(encoded, start, start + 9000, len(whole), 24000)
+        assert np.abs(crop - whole[start : start + 9000]).max() <= 1
+    long = io.BytesIO()
+    soundfile.write(long, np.tile(samples, 2), 24000, format="MP3", compression_level=0.99)
+    with soundfile.SoundFile(io.BytesIO(long.getvalue())) as sound:
+        at_once = to_int16(sound.read(dtype="float32")).astype(int)
+    assert len(at_once) > CHUNK_VALUES
+    assert np.abs(to_int16(decode(long.getvalue(), 24000)) - at_once).max() <= 1
 
 
 def test_wrong_suffix_does_not_matter_but_an_unknown_format_does():

@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from msm_dist.data.mp3 import Prefixed, with_length
 from msm_dist.data.ogg import damaged_page, is_ogg
 from msm_dist.data.view import View
 from msm_dist.errors import MsmError
@@ -26,6 +27,8 @@ MAX_SAMPLES = 2**29
 CHUNK_VALUES = 2**20
 UNKNOWN_LENGTH = 2**62
 NEAR_SAMPLES = 8192  # two FLAC frames
+MP3_PREROLL = 16384
+"""An MP3 frame holds bytes of up to 24 frames after it: behind a seek so many samples may be noise."""
 UNKNOWN_WAV_BYTES = 0x7FFF0000  # programs that write to a pipe claim this or more
 RESAMPLING = "VHQ"  # of soxr; chosen by benchmarks/resampling.py
 FULL_SCALE = 32767 / 32768
@@ -173,10 +176,12 @@ def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
 def _opened(encoded: Encoded):
     """A soundfile.SoundFile whose header makes sense; faults of libsndfile come out as BadClip."""
     file = _file(encoded)
+    file.seek(0)
     if not file.read(1):
         raise BadClip("empty", "0 bytes")
     if file is not encoded and is_ogg(encoded) and (place := damaged_page(encoded)) is not None:
         raise BadClip("undecodable", f"the ogg page at byte {place} is damaged")
+    file = _file(with_length(encoded))
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:
@@ -187,7 +192,7 @@ def _opened(encoded: Encoded):
         raise BadClip("undecodable", " ".join(detail.split())) from None
 
 
-def _file(encoded: Encoded) -> BinaryIO | View:
+def _file(encoded: Encoded | Prefixed) -> BinaryIO | View | Prefixed:
     return View(encoded) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
 
 
@@ -238,13 +243,18 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
         raise BadClip("too_long", f"{stop - start} samples; at most {MAX_SAMPLES} are decoded at once")
     chunk = max(1, CHUNK_VALUES // sound.channels)
     pieces = [np.zeros(0, dtype)]
-    if start:
+    preroll = MP3_PREROLL if FORMATS[sound.format] == "mp3" else 0
+    if start and not preroll:
         sound.seek(start)
     while start < stop:
+        # soundfile seeks after every read, so each block of an mp3 begins behind a seek.
+        before = min(start, preroll)
+        if before:
+            sound.seek(start - before)
         # The place in a damaged mp3 may be past the length that its header gave.
         if sound.tell() > sound.frames:
             raise BadClip("undecodable", f"at sample {sound.tell()} of {sound.frames}")
-        block = sound.read(min(stop - start, chunk), dtype=dtype, always_2d=True)
+        block = sound.read(before + min(stop - start, chunk), dtype=dtype, always_2d=True)[before:]
         if not len(block):
             raise BadClip("truncated", f"ends after {start} of {sound.frames} samples")
         pieces.append(block[:, 0] if sound.channels == 1 else block.mean(axis=1))

@@ -3,6 +3,9 @@
 import contextlib
 import logging
 import re
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -191,13 +194,52 @@ def test_no_server_at_all_is_one_message(server):
         open_store(nowhere, PATIENT).fetch(spans)
 
 
-def test_the_first_fault_of_many_ends_the_retries_of_the_others(server):
-    server.faults = lambda request: "gone" if request.start == 0 else "500"
+def until_reads_have_ended():
+    for thread in threading.enumerate():
+        if thread.name == remote.THREAD_NAME:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_the_first_fault_of_many_ends_the_retries_of_the_others(server, place):
+    server.faults = lambda request: "gone" if request.start == place * 1000 else "500"
     store = open_store(server.url, PATIENT._replace(retries=100, connections=8))
     with pytest.raises(DataError, match="no longer there"):
         store.fetch(spans_of(server, *((start * 1000, start * 1000 + 10) for start in range(8))))
-    store._threads.shutdown()
+    until_reads_have_ended()
     assert len(server.log) < 80
+
+
+def test_reads_that_had_not_begun_at_a_fault_never_do(server):
+    server.faults = lambda request: "gone" if request.start == 0 else None
+    store = open_store(server.url, PATIENT._replace(connections=1))
+    with pytest.raises(DataError, match="no longer there"):
+        store.fetch(spans_of(server, *((start * 1000, start * 1000 + 10) for start in range(100))))
+    until_reads_have_ended()
+    assert len(server.log) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("command", "stalled"), [("inspect", "GET"), ("verify", "GET"), ("verify", "HEAD")])
+def test_a_signal_ends_a_command_whose_read_stalls(corpus, command, number, stalled):
+    waiting = threading.Event()
+
+    def faults(request):
+        if request.method == stalled:
+            waiting.set()
+            return "stall"
+        return None
+
+    corpus.faults = faults
+    command = [sys.executable, "-m", "msm_dist", "data", command, f"{corpus.url}/corpus"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert waiting.wait(60)
+        process.send_signal(number)
+        # The read would go on for 30 s.
+        output = process.communicate(timeout=20)[0]
+    assert "Traceback" not in output
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("form", ["{url}", "{url}/", "{url}/index.json"])

@@ -93,7 +93,7 @@ class FsspecTransport:
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise DataError(
                     f"{location}: no access ({_shown(error)}); give credentials as the store's own library takes them "
-                    f"(docs/data.md), or check the URL; {AGAIN}"
+                    f"(docs/sources.md), or check the URL; {AGAIN}"
                 ) from None
             raise Unavailable(_shown(error)) from None
 

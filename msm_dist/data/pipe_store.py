@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
@@ -77,7 +76,6 @@ class PipeFiles:
     def __init__(self, location: str, access: Access) -> None:
         check_command(location)
         self._access = access
-        self._threads = ThreadPoolExecutor(access.connections, "commands")
         self._kept: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._dropped: set[str] = set()
 
@@ -104,14 +102,14 @@ class PipeFiles:
         return [memoryview(shards[span.location])[span.start : span.stop] for span in spans]
 
     def _at_once(self, work: Sequence[tuple[str, Callable]]) -> list:
-        return at_once(self._threads, self._access, work)
+        return at_once(work, self._access)
 
     def _keep(self, shards: dict[str, mmap.mmap]) -> None:
         """Keep the shards just used; drop those not used for longest."""
         if again := self._dropped.intersection(shards):
             log.warning(
                 "%s: is streamed again, as the shards read since take more than %d GiB or %d files; if this is not the "
-                "next epoch, data.lanes are too many for pipe: (docs/data.md)",
+                "next epoch, data.lanes are too many for pipe: (docs/sources.md)",
                 min(again),
                 KEPT_BYTES // 2**30,
                 MAX_OPEN_FILES,

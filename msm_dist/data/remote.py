@@ -9,10 +9,11 @@ have failed: that ends the run, which continues from its last checkpoint.
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from msm_dist.data.storage import Access, Span
@@ -24,6 +25,7 @@ MAX_SMALL_FILE = 256 * 2**20
 MIN_BYTES_PER_SECOND = 50_000
 FIRST_PAUSE = 1 / 30  # longest pause before the first retry, of the timeout; doubled each time, up to the timeout
 LONGEST_REQUESTED_PAUSE = 2  # of what a server asks for, in timeouts
+THREAD_NAME = "remote-read"
 AGAIN = "start again once that is mended: the same command continues the run from its last checkpoint"
 
 _random = random.SystemRandom()  # the run's own generators stay as they are
@@ -57,7 +59,6 @@ class RemoteFiles:
     def __init__(self, transport: Transport, access: Access) -> None:
         self._transport = transport
         self._access = access
-        self._threads = ThreadPoolExecutor(access.connections, "remote-reads")
 
     def sizes(self, locations: Sequence[str]) -> list[int | None]:
         """Bytes of files, None where there is none. Raises DataError."""
@@ -66,19 +67,19 @@ class RemoteFiles:
             with suppress(FileNotFoundError):
                 return self._transport.size(location)
 
-        with ThreadPoolExecutor(SIZES_PER_CONNECTION * self._access.connections, "remote-sizes") as threads:
-            return at_once(threads, self._access, [(name, partial(size, name)) for name in locations])
+        work = [(name, partial(size, name)) for name in locations]
+        return at_once(work, self._access, SIZES_PER_CONNECTION * self._access.connections)
 
     def read(self, locations: Sequence[str]) -> list[bytes]:
         """Whole, small files. Raises FileNotFoundError, DataError."""
-        return at_once(self._threads, self._access, [(name, partial(self._transport.read, name)) for name in locations])
+        return at_once([(name, partial(self._transport.read, name)) for name in locations], self._access)
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order. Raises DataError."""
         requests = merged(spans)
         work = [(request.location, partial(self._read_span, request)) for request, _ in requests]
         contents: list[memoryview | None] = [None] * len(spans)
-        for (request, wanted), content in zip(requests, at_once(self._threads, self._access, work), strict=True):
+        for (request, wanted), content in zip(requests, at_once(work, self._access), strict=True):
             for number in wanted:
                 span = spans[number]
                 contents[number] = memoryview(content)[span.start - request.start : span.stop - request.start]
@@ -139,13 +140,38 @@ def attempt_seconds(num_bytes: int, timeout: float) -> float:
     return 2 * timeout + num_bytes / MIN_BYTES_PER_SECOND
 
 
-def at_once(threads: ThreadPoolExecutor, access: Access, work: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
-    """The results of (location, attempt), in their order; the first fault ends the others' retries."""
+def at_once(work: Sequence[tuple[str, Callable[[], T]]], access: Access, num_threads: int | None = None) -> list[T]:
+    """The results of (location, attempt), in their order; the first fault ends the others' retries and is raised.
+
+    The threads end with the work, or with the process: one that is told to end does not wait for a read that stalls,
+    as it would for those of an executor.
+    """
     given_up = threading.Event()
-    futures = [threads.submit(persistently, location, attempt, access, given_up) for location, attempt in work]
+    results: list[T | None] = [None] * len(work)
+    left = deque(range(len(work)))
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def take() -> None:
+        while True:
+            try:
+                number = left.popleft()
+            except IndexError:
+                return
+            try:
+                results[number] = persistently(*work[number], access, given_up)
+            except BaseException as fault:  # whatever it is, it is the caller's
+                left.clear()
+                done.put(fault)
+                return
+            done.put(None)
+
+    for _ in range(min(len(work), num_threads or access.connections)):
+        threading.Thread(target=take, name=THREAD_NAME, daemon=True).start()
     try:
-        return [future.result() for future in futures]
+        for _ in work:
+            if (fault := done.get()) is not None:
+                raise fault
+        return results
     finally:
         given_up.set()
-        for future in futures:
-            future.cancel()
+        left.clear()

@@ -2,11 +2,13 @@
 
 import builtins
 import io
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from msm_dist.data.audio import BadClip
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import DataError
 from tests.audio_files import encode, noise, write_audio
+from tests.test_data_commands import run
 
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None or containers.unusable() is not None,
@@ -29,6 +32,7 @@ CODECS = {
     "mp4": [*VIDEO, "-c:a", "aac"],
     "aac": ["-c:a", "aac"],
 }
+MORE = {"mka": ["-c:a", "libopus", "-frame_duration", "60"], "flac.mkv": ["-c:a", "flac"]}
 RATE = 44100
 
 
@@ -44,7 +48,7 @@ def make(path: Path, samples: np.ndarray, kind: str | None = None) -> Path:
     kind = kind or path.suffix[1:]
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f"{path.stem}.made.{kind}")
-    command = ["ffmpeg", "-v", "error", "-y", "-i", "-", *CODECS[kind], str(made)]
+    command = ["ffmpeg", "-v", "error", "-y", "-i", "-", *(CODECS | MORE)[kind], str(made)]
     subprocess.run(command, input=encode(samples, "wav", RATE), check=True)
     return made.replace(path)
 
@@ -71,6 +75,80 @@ def test_a_span_is_that_of_the_sound(files, kind):
         # Codecs shift a sound by milliseconds: compare level and pitch, not samples.
         assert np.sqrt(np.mean(found**2)) == pytest.approx(np.sqrt(np.mean(expected**2)), rel=0.03)
         assert np.argmax(np.abs(np.fft.rfft(found[:32000], 32000))) == pytest.approx(880, abs=2)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", [*CODECS, "mka", "flac.mkv"])
+def test_pieces_joined_are_the_whole(tmp_path, kind):
+    sound = noise(round(12.3 * RATE))
+    content = make(tmp_path / f"x.{kind}", sound, kind).read_bytes()
+    info = containers.probe(content)
+    rate = info.sample_rate
+    whole = containers.decode_span(content, 0, info.samples, rate)
+    cuts = [0, 3 * rate + 17, 10 * rate, info.samples]
+    pieces = [containers.decode_span(content, a, b, rate) for a, b in itertools.pairwise(cuts)]
+    assert len(whole) == pytest.approx(info.samples, abs=0.1 * rate)
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-6)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", ["webm", "mkv"])
+def test_late_pieces_of_a_long_matroska_are_near_their_place(tmp_path, kind, monkeypatch):
+    sound = noise(20 * RATE)
+    content = make(tmp_path / f"x.{kind}", sound).read_bytes()
+    rate = containers.probe(content).sample_rate
+    exact = containers.decode_span(content, 9 * rate, 11 * rate, rate)
+    monkeypatch.setattr(containers, "EXACT_SECONDS", 5)
+    found = containers.decode_span(content, 9 * rate, 11 * rate, rate)
+    lags = range(-rate // 500, rate // 500)
+    errors = [np.abs(found[rate // 2 : rate] - exact[rate // 2 + lag : rate + lag]).mean() for lag in lags]
+    assert min(errors) < 1e-3
+    assert abs(lags[int(np.argmin(errors))]) <= rate / 1000
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
+@pytest.mark.parametrize("case", ["late", "short"])
+def test_sound_beside_a_longer_picture_is_packed_at_its_time(tmp_path, kind, case):
+    """A picture of 20 s; sound of 8 s, or of 18 s that begins after 2 s."""
+    seconds, delay = (18, 2) if case == "late" else (8, 0)
+    (tmp_path / "sound.wav").write_bytes(encode(tone(seconds), "wav", RATE))
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source" / f"x.{kind}"
+    coders = {"mp4": ["-c:a", "aac"], "mkv": ["-c:a", "libvorbis"], "webm": ["-c:a", "libopus", "-c:v", "libvpx"]}
+    inputs = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=5:duration=20", "-itsoffset", str(delay)]
+    command = ["ffmpeg", "-v", "error", *inputs, "-i", str(tmp_path / "sound.wav"), *coders[kind], str(path)]
+    subprocess.run(command, check=True)
+    info = containers.probe(path.read_bytes())
+    rate = info.sample_rate
+    assert info.samples / rate == pytest.approx(seconds + delay, abs=0.1)
+    whole = containers.decode_span(path.read_bytes(), 0, info.samples, rate)
+    loud = np.flatnonzero(np.abs(whole) > 0.02)
+    assert loud[0] / rate == pytest.approx(delay, abs=0.05)
+    assert loud[-1] / rate == pytest.approx(seconds + delay, abs=0.05)
+    if delay:
+        assert not containers.decode_span(path.read_bytes(), 0, rate, rate).any()
+    index = pack(tmp_path / "source", tmp_path / "out", PackSettings(segment_seconds=5.0))
+    assert index.seconds == pytest.approx(seconds + delay, abs=0.1)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == []
+
+
+@needs_ffmpeg
+def test_container_without_a_sample_is_empty(files, monkeypatch):
+    class Silent:
+        def __init__(self, file):
+            self.metadata = SimpleNamespace(
+                sample_rate=RATE,
+                num_channels=1,
+                duration_seconds=0.0,
+                duration_seconds_from_header=0.0,
+                begin_stream_seconds_from_header=0.0,
+            )
+
+    monkeypatch.setattr("torchcodec.decoders.AudioDecoder", Silent)
+    with pytest.raises(BadClip, match="0 samples") as fault:
+        containers.probe(files["m4a"].read_bytes())
+    assert fault.value.reason == "empty"
 
 
 @needs_ffmpeg
@@ -188,6 +266,20 @@ def test_nothing_but_videos_without_torchcodec_is_an_error(tmp_path, without_tor
     (tmp_path / "source" / "a.m4a").write_bytes(MP4_HEAD)
     with pytest.raises(DataError, match=r"(?s)none of its 1 files can be used.*a\.m4a.*msm-dist\[video\]"):
         pack(tmp_path / "source", tmp_path / "out", PackSettings())
+
+
+def test_one_message_says_that_torchcodec_is_missing(tmp_path, without_torchcodec, caplog):
+    (tmp_path / "source").mkdir()
+    for number in range(5):
+        (tmp_path / "source" / f"{number}.m4a").write_bytes(MP4_HEAD)
+    with pytest.raises(DataError) as error:
+        pack(tmp_path / "source", tmp_path / "out", PackSettings())
+    assert str(error.value).count("msm-dist[video]") == 1 and "0.m4a and 4 more: no_torchcodec" in str(error.value)
+    assert not caplog.messages
+    write_audio(tmp_path / "source" / "good.wav", noise(16000), "wav")
+    output = run("pack", tmp_path / "source", tmp_path / "out", "--workers", 1)
+    assert len(caplog.messages) == 1
+    assert "left out: 5 no_torchcodec" in output and "msm-dist[video]" not in output and ".m4a" not in output
 
 
 def test_torchcodec_without_its_libraries_says_what_to_install(monkeypatch):

@@ -1,6 +1,7 @@
 """Parquet copies of AudioSet: the same clips, labels, reports and promises as a folder of files."""
 
 import builtins
+import itertools
 import json
 import os
 import signal
@@ -124,12 +125,11 @@ def test_bad_rows_are_left_out_with_their_reasons(source, tmp_path):
     (source / "03.parquet").write_bytes(b"PAR1 and no more")
     content = (source / "00.parquet").read_bytes()
     (source / "04.parquet").write_bytes(content[: len(content) // 2])
-    write_table(source / "05.parquet", {ytid(3): encode(noise(4000))})
     parquet.write_table(pyarrow.table({"text": ["a"]}), source / "06.parquet")
     index = pack(source, tmp_path / "out", SETTINGS)
     assert index.num_clips == 25
     expected = {f"02.parquet/{name}": reason for name, (content, reason) in bad.items() if content}
-    expected |= {"02.parquet/nothing.wav": "empty", "02.parquet/null": "empty", f"05.parquet/{ytid(3)}": "duplicate"}
+    expected |= {"02.parquet/nothing.wav": "empty", "02.parquet/null": "empty"}
     expected |= {f"0{number}.parquet": "unreadable" for number in (3, 4, 6)}
     assert {entry["file"]: entry["reason"] for entry in report(tmp_path / "out")["left_out"]} == expected
 
@@ -176,12 +176,53 @@ def test_other_layouts_of_the_columns_are_read(tmp_path):
 
 def test_rows_without_a_name_are_called_by_their_place(tmp_path):
     audio = pyarrow.array([encode(noise(4000, seed=n)) for n in range(3)], pyarrow.large_binary())
-    for folder, columns in (("a", {}), ("b", {"id": [7, 8, None]})):
+    for folder, columns in (("a", {}), ("b", {"id": [0, 8, None]})):
         (tmp_path / folder).mkdir()
         parquet.write_table(pyarrow.table({"audio": audio, **columns}), tmp_path / folder / "x.parquet")
         pack(tmp_path / folder, tmp_path / "out" / folder, SETTINGS)
     assert set(packed(tmp_path / "out" / "a")) == {"x-0-0_0", "x-0-1_0", "x-0-2_0"}
-    assert set(packed(tmp_path / "out" / "b")) == {"7_0", "8_0", "x-0-2_0"}
+    assert set(packed(tmp_path / "out" / "b")) == {"0_0", "8_0", "x-0-2_0"}
+
+
+def test_rows_are_one_clip_only_where_a_table_says_so(tmp_path):
+    """Names that begin anew in each file, or are all the same, say nothing."""
+    for part in ("train", "test"):
+        clips = {str(n): encode(noise(4000 + n, seed=n)) for n in range(3)}
+        same = [{"bytes": content, "path": "audio.wav"} for content in clips.values()]
+        write_table(tmp_path / "numbers" / part / "0.parquet", clips, video_id=None, id=list(range(3)))
+        write_table(tmp_path / "same" / part / "0.parquet", clips, video_id=None, audio=same)
+        write_table(tmp_path / "none" / part / "0.parquet", clips, video_id=None, audio=list(clips.values()))
+        write_table(tmp_path / "listed" / part / "0.parquet", {ytid(int(n)): clips[n] for n in clips})
+    for name in ("numbers", "same", "none"):
+        index = pack(tmp_path / name, tmp_path / "out" / name, SETTINGS)
+        assert (index.num_clips, report(tmp_path / "out" / name)["left_out"]) == (6, []), name
+        assert len(packed(tmp_path / "out" / name)) == 6, name
+    (tmp_path / "segments.csv").write_text("".join(f'{ytid(n)}, 0, 10, "/m/x"\n' for n in range(3)))
+    index = pack(tmp_path / "listed", tmp_path / "out" / "listed", replace(SETTINGS, csv=(tmp_path / "segments.csv",)))
+    assert (index.num_clips, report(tmp_path / "out" / "listed")["reasons"]) == (3, {"duplicate": 3})
+
+
+def test_columns_that_hold_no_audio_are_named(tmp_path):
+    write_table(tmp_path / "source" / "0.parquet", {"good": encode(noise(4000))})
+    columns = {"floats": [[0.1, 0.2]], "strings": ["a.wav"], "no_bytes": [{"path": "a.wav"}], "number": [1]}
+    for name, audio in columns.items():
+        write_table(tmp_path / "source" / f"{name}.parquet", {"x": None}, audio=audio)
+    assert pack(tmp_path / "source", tmp_path / "out", SETTINGS).num_clips == 1
+    left_out = {entry["file"].removesuffix(".parquet"): entry for entry in report(tmp_path / "out")["left_out"]}
+    assert left_out.keys() == columns.keys()
+    for name, kind in (("floats", "list"), ("strings", "string"), ("no_bytes", "struct"), ("number", "int64")):
+        assert left_out[name]["reason"] == "unreadable"
+        assert f"its column 'audio' is {kind}" in left_out[name]["detail"]
+
+
+def test_rows_of_a_shard_are_permuted(tmp_path):
+    """So that a table sorted by class does not give a shard sorted by class, though it is one row group."""
+    clips = {f"row-{n:02d}": encode(noise(2000)) for n in range(30)}
+    write_table(tmp_path / "source" / "0.parquet", clips, group_rows=30)
+    pack(tmp_path / "source", tmp_path / "out", replace(SETTINGS, shard_clips=30))
+    order = [int(key[4:6]) for key in packed(tmp_path / "out")]
+    assert sorted(order) == list(range(30))
+    assert sum(b == a + 1 for a, b in itertools.pairwise(order)) < 8
 
 
 def test_tables_that_fit_nothing_and_mixed_folders_are_errors(source, tmp_path):

@@ -6,7 +6,7 @@ the audio of the rows of a shard, a batch of a row group at a time. The extra [p
 DataError; files that are no Parquet are left out.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +18,7 @@ from msm_dist.data.clips import ClipList, LeftOut, Progress, find_files, unique_
 from msm_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from pyarrow import DataType
     from pyarrow.parquet import ParquetFile
 
 SUFFIX = ".parquet"
@@ -60,6 +61,7 @@ def list_rows(
             content = []
         for group, place, ident, labels, shown in content:
             num_rows += 1
+            ident = f"{PurePosixPath(file).with_suffix('')}-{group}-{place}" if ident is None else ident
             row = Row(ident, f"{file}/{ident}", file, group, place, labels, shown)
             outcome = _choose(row, tables, seen)
             if isinstance(outcome, Row):
@@ -72,10 +74,13 @@ def list_rows(
     if tables.segments and num_unlisted and not found:
         raise DataError(
             f"{', '.join(tables.names)}: none of their {len(tables.segments)} clips is in {source}, whose "
-            f"{num_rows} rows are identified as, for one, {content[0][2] if content else '?'}"
+            f"{num_rows} rows are identified as, for one, {content[0][2] if content else None}"
         )
-    stems = unique_stems([row.key for row in found])
-    rows = [_named(row, stems[row.key], names) for row in found]
+    # What is no YTID, such as a number that begins anew in each file, says nothing of which recording it is.
+    uses = Counter(row.key for row in found)
+    wholes = [row.key if uses[row.key] == 1 else f"{row.file}/{row.group}/{row.place}/{row.key}" for row in found]
+    stems = unique_stems(wholes)
+    rows = [_named(row, stems[whole], names) for row, whole in zip(found, wholes, strict=True)]
     counts = {"files": num_rows, "parquet_files": len(files)}
     if tables.segments:
         listed = len({row.ytid for row in rows})
@@ -132,12 +137,11 @@ def _choose(row: Row, tables: Tables, seen: dict[str, str]) -> Row | LeftOut | N
         if ytid is None:
             return None
         segment = tables.segments[ytid]
-    identity = ytid or row.key
-    if identity in seen:
-        return LeftOut(row.name, 0.0, "duplicate", f"the same clip as {seen[identity]}")
-    seen[identity] = row.name
     if segment is None:
         return row
+    if ytid in seen:
+        return LeftOut(row.name, 0.0, "duplicate", f"the same clip as {seen[ytid]}")
+    seen[ytid] = row.name
     return Row(row.key, row.name, row.file, row.group, row.place, segment.labels, row.names, segment.ytid)
 
 
@@ -147,12 +151,13 @@ def _named(row: Row, stem: str, names: dict[str, str]) -> Row:
     return Row(stem, row.name, row.file, row.group, row.place, row.labels, shown, row.ytid)
 
 
-def _small_columns(path: Path) -> Iterator[tuple[int, int, str, tuple[str, ...], tuple[str, ...]]]:
-    """Row group, place, identifier, labels, display names of every row."""
+def _small_columns(path: Path) -> Iterator[tuple[int, int, str | None, tuple[str, ...], tuple[str, ...]]]:
+    """Row group, place, identifier if there is one, labels, display names of every row. Raises ValueError."""
     with _opened(path) as file:
         columns = set(file.schema_arrow.names)
         if AUDIO_COLUMN not in columns:
             raise ValueError(f"has no column {AUDIO_COLUMN!r}; its columns are {', '.join(sorted(columns))[:200]}")
+        _check_audio(file.schema_arrow.field(AUDIO_COLUMN).type)
         ident = next((name for name in ID_COLUMNS if name in columns), f"{AUDIO_COLUMN}.path")
         wanted = [ident, *(name for name in (LABEL_COLUMN, NAME_COLUMN) if name in columns)]
         for group in range(file.num_row_groups):
@@ -160,9 +165,27 @@ def _small_columns(path: Path) -> Iterator[tuple[int, int, str, tuple[str, ...],
             for batch in file.iter_batches(1024, row_groups=[group], columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     name = (row.get(AUDIO_COLUMN) or {}).get("path") if ident not in row else row[ident]
-                    name = str(name) if name else f"{path.stem}-{group}-{place}"
+                    name = None if name is None or name == "" else _text(name)
                     yield group, place, name, _strings(row.get(LABEL_COLUMN)), _strings(row.get(NAME_COLUMN))
                     place += 1
+
+
+def _check_audio(kind: "DataType") -> None:
+    """Raise ValueError where a column of this type holds no audio."""
+    from pyarrow import types
+
+    content = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        content = kind.field(index).type if index >= 0 else kind
+    if not (types.is_binary(content) or types.is_large_binary(content) or types.is_fixed_size_binary(content)):
+        raise ValueError(
+            f"its column {AUDIO_COLUMN!r} is {str(kind)[:80]}; must be bytes, or a struct whose field bytes holds them"
+        )
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _audio(path: Path, group: int) -> Iterator[bytes | None]:

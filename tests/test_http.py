@@ -373,6 +373,15 @@ def test_crops_over_http_are_those_of_local_files_and_take_one_request_per_clip(
         ("ftp://host/corpus", "ftp:// can't be read at several places at once"),
         ("memory://corpus", "memory:// can't be read at several places at once"),
         ("file:///corpus", "file:// can't be read at several places at once"),
+        ("http://[::1", "http://...: its URL can't be read .Invalid IPv6 URL"),
+        ("http://user:HIDDEN@[::1", "http://...: its URL can't be read"),
+        ("http://", "http://: names no server or bucket"),
+        ("s3:///corpus", "names no server or bucket; write s3://NAME/FOLDER"),
+        ("http://host:99999/corpus", "no URL of a file"),
+        ("reference://x/y", "reference:// can't be opened .TypeError"),
+        ("generic://x/y", "generic:// can't be opened .RecursionError"),
+        ("dir://x", "dir:// can't be opened"),
+        ("asyncwrapper://x", "asyncwrapper:// can't be opened .TypeError"),
         ("nonsense://corpus", "no package for nonsense:// is installed"),
         ("simplecache::s3://bucket/corpus", "chained URLs"),
         ("pipe:cat shards/a.tar", "pipe:"),
@@ -382,6 +391,14 @@ def test_other_urls_are_refused_without_showing_a_secret(url, said):
     with pytest.raises(DataError, match=said) as error:
         load_index(url, PATIENT)
     assert "HIDDEN" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://host/corpus", "https://host/corpus/"])
+def test_a_missing_package_is_named(monkeypatch, url):
+    monkeypatch.delitem(sys.modules, "msm_dist.data.http_transport", raising=False)
+    monkeypatch.setitem(sys.modules, "urllib3", None)
+    with pytest.raises(DataError, match=r"needs the package urllib3.*pip install 'msm-dist\[train\]'"):
+        load_index(url)
 
 
 def test_netrc_gives_the_login(server, tmp_path, monkeypatch):

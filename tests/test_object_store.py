@@ -1,5 +1,6 @@
 """Shards in an object store: an S3 emulator on loopback, in a process of its own."""
 
+import asyncio
 import json
 import re
 import threading
@@ -21,8 +22,10 @@ from tests.s3_server import put, s3_serving
 from tests.shards import noise_clips, write_corpus
 from tests.test_crops import FEATURES, FRAMES
 
+fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
+AsyncFileSystem = pytest.importorskip("fsspec.asyn").AsyncFileSystem
 
 PATIENT = Access(timeout=10.0, retries=2, connections=4)
 CONTENT = bytes(range(256)) * 40
@@ -189,3 +192,55 @@ def test_a_missing_package_is_named(monkeypatch, scheme, extra):
 def test_signatures_in_errors_of_a_library_are_left_out():
     shown = fsspec_transport._shown(ValueError("GET https://host/a?X-Amz-Signature=HIDDEN failed\nmore"))
     assert shown == "ValueError: GET https://host/a?... failed"
+
+
+class Objects(AsyncFileSystem):
+    """A store of one object, which keeps how many requests were under way at once before its first answer."""
+
+    protocol = "objects"
+    cachable = False
+    content = CONTENT
+    under_way = most_before_first = answered = asked_sizes = 0
+
+    async def _answer(self, answer):
+        kind = type(self)
+        kind.under_way += 1
+        if not kind.answered:
+            kind.most_before_first = max(kind.most_before_first, kind.under_way)
+        # Time for others to come: those that wait for the first answer don't.
+        await asyncio.sleep(0.2)
+        kind.answered += 1
+        kind.under_way -= 1
+        return answer
+
+    async def _info(self, path, **options):
+        type(self).asked_sizes += 1
+        return await self._answer({"name": path, "type": "file", "size": len(self.content)})
+
+    async def _cat_file(self, path, start=None, end=None, **options):
+        return await self._answer(self.content[start:end])
+
+
+@pytest.fixture
+def objects():
+    kind = type("Store", (Objects,), {})
+    fsspec.register_implementation("objects", kind, clobber=True)
+    return kind
+
+
+def test_the_first_request_connects_alone(objects):
+    store = open_store("objects://bucket", PATIENT)
+    spans = [Span(f"objects://bucket/{name}.bin", len(CONTENT), 0, 100) for name in "abcd"]
+    assert [bytes(content) for content in store.fetch(spans)] == [CONTENT[:100]] * 4
+    assert (objects.most_before_first, objects.answered) == (1, 8)
+
+
+def test_an_object_that_was_replaced_is_of_another_size(objects):
+    store = open_store("objects://bucket", PATIENT)
+    span = Span("objects://bucket/a.bin", len(CONTENT), 1000, 1100)
+    assert [bytes(store.fetch([span])[0]) for _ in range(2)] == [CONTENT[1000:1100]] * 2
+    assert objects.asked_sizes == 1
+    objects.content = CONTENT[:500]
+    with pytest.raises(DataError, match="500 bytes, its index says"):
+        store.fetch([span])
+    assert objects.asked_sizes == 2

@@ -123,7 +123,14 @@ def _file_system(location: str, access: Access):
         connections = SIZES_PER_CONNECTION * access.connections
         timeouts = {"connect_timeout": access.timeout, "read_timeout": access.timeout}
         options["config_kwargs"] = {**timeouts, "retries": {"max_attempts": 0}, "max_pool_connections": connections}
-    files = kind(skip_instance_cache=True, use_listings_cache=False, **options)
+    try:
+        files = kind(skip_instance_cache=True, use_listings_cache=False, **options)
+        files._strip_protocol(location)
+    except Exception as error:  # every store's library has errors of its own
+        raise DataError(
+            f"{location}: {scheme}:// can't be opened ({_shown(error)}); use a path, http(s)://, s3:// or gs://, or "
+            "set the environment variables that the store's own library asks for"
+        ) from None
     # Attempts are counted and paused for in one place.
     if hasattr(files, "retries"):
         files.retries = 1

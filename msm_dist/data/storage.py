@@ -89,10 +89,19 @@ def split(location: str) -> tuple[str, str]:
 
 
 def check_location(location: str) -> None:
-    """Raise DataError for a URL that carries a password or a query: it would be shown, and kept in the run folder."""
+    """Raise DataError for a URL without a server or bucket, and for one that carries a password or a query.
+
+    Those would be shown, and kept in the run folder.
+    """
     if not is_remote(location) or location.startswith("pipe:"):
         return
-    parts = urlsplit(location)
+    scheme, _, place = location.partition("://")
+    if not place or (place.startswith("/") and scheme != "file"):
+        raise DataError(f"{location}: names no server or bucket; write {scheme}://NAME/FOLDER")
+    try:
+        parts = urlsplit(location)
+    except ValueError as error:
+        raise DataError(f"{scheme}://...: its URL can't be read ({error}); see how it is written") from None
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc:
         raise DataError(
@@ -124,8 +133,12 @@ def open_store(location: str, access: Access) -> Store:
     from msm_dist.data.remote import RemoteFiles
 
     if _is_http(location):
-        from msm_dist.data.http_transport import HttpTransport
-
+        try:
+            from msm_dist.data.http_transport import HttpTransport
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"{location}: needs the package {error.name}, which is not installed; pip install 'msm-dist[train]'"
+            ) from None
         return RemoteFiles(HttpTransport(location, access), access)
     from msm_dist.data.fsspec_transport import FsspecTransport
 

@@ -1,13 +1,21 @@
 """`msm-dist data ...` as a user types it."""
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
 from typer.testing import CliRunner
 
+from msm_dist.config import Features
+from msm_dist.data import containers
 from msm_dist.data.commands import app
+from msm_dist.data.foreign import index_in_place
 from msm_dist.data.index import load_index
 from msm_dist.errors import ConfigError, DataError
 from tests.audio_files import bad_files, encode, noise, write_audio
@@ -86,8 +94,8 @@ def test_foreign_tars_are_compared_with_the_tables(official):
     csv = ["--csv", official / "balanced_train_segments.csv"]
     output = run("index", tar, *csv, "--workers", 1)
     assert "1 of 1 official clips" in output
-    assert "2 clips are not in the CSV" in output
-    assert "warning: 1 clips are AudioSet's evaluation segments" in output
+    assert "not in the CSV: 2 clips" in output
+    assert "warning: AudioSet's evaluation segments are among the clips (1 clip)" in output
     assert load_index(str(official / "tars")).official.found == 1
     write_tar(tar, audio | {"x/new.flac": encode(noise(8000))})
     run("index", tar, "--workers", 1)
@@ -120,10 +128,86 @@ def test_what_is_left_out_is_shown(tmp_path):
     for name, (content, _) in bad_files().items():
         (tmp_path / "audio" / name).write_bytes(content)
     output = run("pack", tmp_path / "audio", tmp_path / "out", "--name", "mine", "--workers", 1)
-    assert "1 clips" in output
+    assert "1 clip," in output
     assert "truncated.flac at 0 s: undecodable" in output or "many_channels.wav at 0 s: undecodable" in output
     assert str(tmp_path / "out" / "report.json") in output
     assert (tmp_path / "out" / "mine-000000.tar").exists()
+
+
+def test_faults_are_shown_before_evaluation_clips_which_are_only_counted(official):
+    lines = []
+    for number in range(12):
+        write_audio(official / "audio" / f"aaaaaaaaa{number:02d}.flac", noise(16000, seed=number))
+        lines.append(f'aaaaaaaaa{number:02d}, 0, 10, "/m/1"\n')
+    (official / "eval_segments.csv").write_text("".join(lines))
+    write_audio(official / "audio" / "Z" / "--PJHxphWEs.flac", noise(16000))
+    for number in range(12):
+        (official / "audio" / f"zero{number:02d}.flac").write_bytes(b"")
+    output = run("pack", official / "audio", official / "out", "--eval-csv", official / "eval_segments.csv")
+    assert "left out: 12 empty, 12 evaluation (all in" in output or "left out: 12 undecodable, 12 evaluation" in output
+    shown = [line for line in output.splitlines() if line.startswith("  ")]
+    assert len(shown) == 11 and shown[-1] == "  and 2 more" and all("zero" in line for line in shown[:-1])
+    report = json.loads((official / "out" / "report.json").read_text())
+    assert sum(entry["reason"] == "evaluation" for entry in report["left_out"]) == 12
+
+
+def test_one_message_says_that_torchcodec_is_missing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(containers, "unusable", lambda: "install msm-dist[video]")
+    (tmp_path / "source").mkdir()
+    for number in range(5):
+        (tmp_path / "source" / f"{number}.m4a").write_bytes(b"\x00\x00\x00\x1cftypM4A " + bytes(100))
+    with pytest.raises(DataError) as error:
+        run("pack", tmp_path / "source", tmp_path / "out", "--workers", 1)
+    assert "0.m4a and 4 more: no_torchcodec (install msm-dist[video])" in str(error.value)
+    assert str(error.value).count("msm-dist[video]") == 1 and not caplog.messages
+    write_audio(tmp_path / "source" / "good.wav", noise(16000), "wav")
+    output = run("pack", tmp_path / "source", tmp_path / "out", "--workers", 1)
+    assert len(caplog.messages) == 1 and "5 files are left out" in caplog.text
+    assert "left out: 5 no_torchcodec" in output and "msm-dist[video]" not in output and ".m4a" not in output
+
+
+def test_a_folder_of_tars_is_indexed_and_one_is_not_called_many(tmp_path):
+    write_tar(tmp_path / "tars" / "a.tar", {"a.flac": encode(noise(8000))})
+    assert ": 1 clip, 0.00 h, 1 shard, " in run("index", tmp_path / "tars", "--workers", 1)
+    write_tar(tmp_path / "tars" / "b.tar", {"b.flac": encode(noise(8000))})
+    assert ": 2 clips, 0.00 h, 2 shards, " in run("index", tmp_path / "tars", "--workers", 1)
+    with pytest.raises(DataError, match="holds no .tar files"):
+        run("index", tmp_path, "--workers", 1)
+
+
+def test_commands_name_no_setting_of_a_run(corpus, tmp_path):
+    audio = corpus / "audio"
+    table = ["--csv", audio / "train_segments.csv"]
+    run("pack", audio / "train", tmp_path / "shards", *table, "--shard-clips", 6, "--workers", 1)
+    load_index(str(tmp_path / "shards")).shards[0].path.unlink()
+    for command in (
+        ["pack", tmp_path / "shards", tmp_path / "out", "--features", "logmel"],
+        ["split", tmp_path / "shards", tmp_path / "subset", *table],
+        ["pack", audio / "train", tmp_path / "shards", *table, "--shard-clips", 6],
+    ):
+        with pytest.raises(DataError, match="1 of 2 shards are not what(.|\n)*missing") as error:
+            run(*command, "--workers", 1)
+        assert "data.allow_missing_shards" not in str(error.value)
+
+
+def test_an_interrupted_pack_says_that_the_same_command_continues(tmp_path):
+    for number in range(40):
+        write_audio(tmp_path / "audio" / f"{number}.flac", noise(160000, seed=number))
+    whole = run("pack", tmp_path / "audio", tmp_path / "whole", "--shard-clips", 1, "--workers", 1)
+    command = [sys.executable, "-m", "msm_dist", "data", "pack", tmp_path / "audio", tmp_path / "out"]
+    command += ["--shard-clips", "1", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out").glob("*.tar")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors == "msm-dist: stopped; the same command continues\n"
+    assert not (tmp_path / "out" / "index.json").exists()
+    run("pack", tmp_path / "audio", tmp_path / "out", "--shard-clips", 1, "--workers", 1)
+    assert "40 clips" in whole
+    assert load_index(str(tmp_path / "out")).digest == load_index(str(tmp_path / "whole")).digest
 
 
 def test_foreign_tars_are_indexed_with_the_front_end_of_a_configuration(tmp_path):
@@ -180,3 +264,15 @@ def test_help_does_not_wait_for_torch():
 
 def test_report_is_json_for_other_tools(corpus):
     assert json.loads((corpus / "shards" / "train" / "report.json").read_text())["clips"] == 12
+
+
+def test_tar_with_names_beyond_ascii_is_matched_with_tables(tmp_path):
+    content = encode(noise(16000))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("é/abcdefghijk", "caf\udce9"):
+            member = tarfile.TarInfo(f"{name}.flac")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "balanced_train_segments.csv").write_text('abcdefghijk, 0, 10, "/m/1"\n')
+    made = index_in_place([tmp_path / "x.tar"], Features(), [tmp_path / "balanced_train_segments.csv"])
+    assert (made.index.num_clips, made.index.official.found, made.num_unlisted) == (2, 1, 1)

@@ -210,7 +210,9 @@ def test_missing_shards_are_all_named_or_counted(corpus):
     for number in (0, 2):
         corpus.shards[number].path.unlink()
     assert check_shards(corpus, "size", allow_missing=True) == {0, 2}
-    with pytest.raises(DataError, match="allow_missing_shards") as fault:
+    with pytest.raises(DataError, match="; data.allow_missing_shards=true starts without") as fault:
+        check_shards(corpus, "size", allow_missing=False)
+    with pytest.raises(DataError, match="pack them again:\n"):
         check_shards(corpus, "size")
     assert "noise-000000.tar: missing" in str(fault.value)
     assert "noise-000002.tar: missing" in str(fault.value)

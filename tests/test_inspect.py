@@ -34,6 +34,7 @@ def corpora(tmp_path_factory):
 def test_summary_of_a_folder(corpora):
     index = load_index(str(corpora / "audio"))
     output = run("inspect", corpora / "audio")
+    assert output.count(f"mean {index.mean:.4f}") == 1
     for part in (
         "6 clips",
         "2 shards",
@@ -93,6 +94,35 @@ def test_keys_are_found_by_how_they_begin_and_misspelt_ones_get_a_hint(corpora, 
     assert key in run("inspect", shards[0].path, key, "--out", tmp_path / "of_shard")
     with pytest.raises(ConfigError, match="no clip of"):
         run("inspect", shards[1].path, key, "--out", tmp_path)
+
+
+def test_a_packed_clip_is_found_by_its_ytid(tmp_path):
+    names = ("--PJHxphWEs", "YZY-SXAuDSo", "A_b-C_d-E_f")
+    for number, name in enumerate(names):
+        write_audio(tmp_path / "files" / "sub" / f"Y{name}_30_40.flac", noise(16000, seed=number))
+    write_audio(tmp_path / "files" / "other" / "-_-abcdefgh.flac", noise(20 * 16000))
+    pack(tmp_path / "files", tmp_path / "audio", PackSettings())
+    for name in names:
+        output = run("inspect", tmp_path / "audio", name, "--out", tmp_path / name.strip("-"))
+        assert f"sub_Y{name}_30_40_0\n" in output
+    with pytest.raises(ConfigError, match="2 keys in .* have it in them"):
+        run("inspect", tmp_path / "audio", "-_-abcdefgh", "--out", tmp_path)
+    for part in ("PJHxphWE", "HxphWEs"):
+        with pytest.raises(ConfigError, match="no clip of"):
+            run("inspect", tmp_path / "audio", part)
+    with pytest.raises(ConfigError, match="--orignal: no such option, and no clip of"):
+        run("inspect", tmp_path / "audio", "--orignal")
+
+
+def test_shards_that_are_missing_or_cut_off_are_named(tmp_path):
+    tars = [write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(8000))}) for name in "abc"]
+    index_shards(tars, Features())
+    assert "faults" not in run("inspect", tmp_path)
+    tars[0].unlink()
+    tars[2].write_bytes(tars[2].read_bytes()[:1000])
+    output = run("inspect", tmp_path)
+    assert "1 of 3 shards missing, 1 of another size (a.tar, c.tar)" in output
+    assert f"msm-dist data verify {tmp_path}" in output
 
 
 def test_no_file_is_replaced_unless_asked_for(corpora, tmp_path):

@@ -217,7 +217,8 @@ def test_the_file_a_clip_was_packed_from_decides_before_its_key_and_its_start_co
 def test_the_command_says_what_it_found_and_refuses_what_it_can_not_split(corpora, tmp_path):
     table, classes = ["--csv", corpora / "own_segments.csv"], ["--labels", corpora / "classes.csv"]
     output = run("split", corpora / "audio", tmp_path / "out", *table, *classes, "--workers", 1)
-    assert "8 clips" in output and "8 of 10 clips of own_segments.csv" in output
+    assert "8 clips" in output and output.count("8 of 10 official clips of own_segments.csv") == 1
+    assert output.count("own_segments.csv") == 1
     (tmp_path / "other.csv").write_text('unknown_A01, 0, 10, "/m/cat"\n')
     with pytest.raises(DataError, match="none of the 1 clips of"):
         run("split", corpora / "audio", tmp_path / "none", "--csv", tmp_path / "other.csv", "--workers", 1)

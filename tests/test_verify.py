@@ -14,6 +14,7 @@ from msm_dist.data.verify import num_processes, verify_shards
 from msm_dist.errors import DataError
 from tests.audio_files import encode, noise, write_audio
 from tests.http_server import serving
+from tests.shards import damage_clip
 from tests.test_data_commands import run
 from tests.test_shards import write_tar
 
@@ -88,6 +89,37 @@ def test_every_flipped_byte_of_a_shard_is_found(tmp_path):
     assert file_sha256(shard.path) == shard.sha256 and verify_shards(index, decode_clips=False) == []
 
 
+def test_decoding_names_the_clips_behind_a_digest(tmp_path):
+    tars = []
+    for name in ("a", "b", "c"):
+        tars.append(write_tar(tmp_path / f"{name}.tar", {f"{name}{i}.flac": encode(noise(8000, i)) for i in range(3)}))
+    index = index_shards(tars, Features())
+    damage_clip(index, 1)
+    damage_clip(index, 2)
+    tars[2].write_bytes(tars[2].read_bytes()[:3000])
+    found = [fault.split(": ")[1:] for fault in verify_shards(index, decode_clips=True)]
+    assert [parts[0].split()[0] for parts in found] == ["sha256", "a1", "a2", "3000"]
+    assert found[1][1].startswith("undecodable") and found[2][1].startswith("undecodable")
+    (digest, size) = verify_shards(index, decode_clips=False)
+    assert "sha256" in digest and "3000 bytes" in size
+
+
+def test_a_server_without_ranges_is_told_once_and_is_no_fault_of_the_shards(tmp_path):
+    folder = tmp_path / "files"
+    tars = [write_tar(folder / f"{name}.tar", {f"{name}.flac": encode(noise(8000))}) for name in ("a", "b", "c")]
+    index_shards(tars, Features())
+    tars[0].unlink()
+    with serving(folder) as server:
+        with pytest.raises(DataError, match="1 fault;(.|\n)*a.tar: missing"):
+            run("verify", server.url, "--workers", 1)
+        server.faults = lambda request: "whole" if request.start >= 0 else None
+        with pytest.raises(DataError) as error:
+            run("verify", server.url, "--workers", 1)
+    message = str(error.value)
+    assert message.count("\n") == 0 and message.count("with the whole file") == 1
+    assert "b.tar" in message and "byte ranges" in message and "fault" not in message and "pack" not in message
+
+
 def test_the_command_says_what_it_compared_and_how_fast(tmp_path):
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", {f"{name}.flac": encode(noise(8000))})
@@ -95,7 +127,7 @@ def test_the_command_says_what_it_compared_and_how_fast(tmp_path):
     output = run("verify", tmp_path, "--workers", 1)
     assert "sizes, digests, tables of clips, the header of every clip" in output and "MB/s" in output
     (tmp_path / "b.tar").unlink()
-    with pytest.raises(DataError, match="1 faults(.|\n)*b.tar: missing"):
+    with pytest.raises(DataError, match="1 fault;(.|\n)*b.tar: missing"):
         run("verify", tmp_path, "--workers", 1)
 
 

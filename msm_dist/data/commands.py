@@ -5,6 +5,7 @@ In: the command line. Out: a short summary on the terminal. Faults are MsmErrors
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from msm_dist.data.clips import Progress
     from msm_dist.data.index import Index
 
+CONTINUES, STARTS_AGAIN = "stopped; the same command continues", "stopped; the same command starts again"
 SHOWN = 10
+ONLY_COUNTED = ("evaluation", "no_torchcodec")  # of what is left out
 
 app = typer.Typer(help="Make, index, verify and measure shards.", no_args_is_help=True)
 
@@ -88,7 +91,7 @@ def pack(
 
         if csv or labels or eval_csv or keep_evaluation or name:
             raise ConfigError(f"{source}: shards keep their clips, labels and names; leave --csv and the like out")
-        with _progress() as progress:
+        with _progress(CONTINUES) as progress:
             _show(repack(source, out, _features(config), workers, progress))
         return
     from msm_dist.data.pack import PackSettings
@@ -106,7 +109,7 @@ def pack(
         eval_csv=eval_csv,
         keep_evaluation=keep_evaluation,
     )
-    with _progress() as progress:
+    with _progress(CONTINUES) as progress:
         packed = pack_folder(source, out, settings, workers, progress)
     _show(packed)
     _show_left_out(packed)
@@ -115,7 +118,7 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[list[Path], typer.Argument(help="Tar shards of one folder, such as FOLDER/*.tar.")],
+    shards: Annotated[list[Path], typer.Argument(help="Tar shards of one folder, or that folder.")],
     csv: Csv = None,
     workers: Workers = ALL_CORES,
     config: RunConfig = None,
@@ -124,12 +127,13 @@ def index(
     from msm_dist.data.foreign import index_in_place
 
     with _progress() as progress:
-        made = index_in_place(shards, _features(config), csv or (), workers, progress)
+        made = index_in_place(_tars(shards), _features(config), csv or (), workers, progress)
     _show(made.index)
     if made.num_unlisted:
-        typer.echo(f"{made.num_unlisted} clips are not in the CSV; they stay in the index")
+        typer.echo(f"not in the CSV: {_counted(made.num_unlisted, 'clip')}; they stay in the index")
     if made.num_evaluation:
-        typer.echo(f"warning: {made.num_evaluation} clips are AudioSet's evaluation segments", err=True)
+        clips = _counted(made.num_evaluation, "clip")
+        typer.echo(f"warning: AudioSet's evaluation segments are among the clips ({clips})", err=True)
     _show_left_out(made.index)
     _warn(made.index)
 
@@ -151,7 +155,9 @@ def verify(
         faults = verify_shards(found, decode, workers, progress)
     seconds = time.perf_counter() - start
     if faults:
-        raise DataError(f"{folder}: {len(faults)} faults; copy or pack these shards again:\n{listed(faults)}")
+        raise DataError(
+            f"{folder}: {_counted(len(faults), 'fault')}; copy or pack these shards again:\n{listed(faults)}"
+        )
     _show(found)
     checked = ["sizes", "digests", "tables of clips"] + ([] if is_remote(folder) else ["the header of every clip"])
     typer.echo(f"all shards are as indexed ({', '.join(checked)})" + (", every clip decodes" if decode else ""))
@@ -177,7 +183,7 @@ def stats(
     _show(measured)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # one in 64 YTIDs begins with "-"
 def inspect(
     where: Annotated[
         str, typer.Argument(metavar="FOLDER|SHARD", help="Folder with index.json or a tar in it; or URL.")
@@ -197,7 +203,7 @@ def inspect(
     elif is_tar(where):
         lines = list_clips(found.shards[0])
     else:
-        _show(found)
+        typer.echo(_size(found))
         lines = summarize(found)
     for line in lines:
         typer.echo(line)
@@ -220,7 +226,6 @@ def split(
     with _progress() as progress:
         made = split_shards(folder, out, SplitSettings(csv, labels, name, shard_clips), workers, progress)
     _show(made)
-    typer.echo(f"{made.official.found} of {made.official.clips} clips of {csv.name}")
     _show_left_out(made)
 
 
@@ -238,8 +243,8 @@ def _features(config: Path | None) -> Features:
 
 
 @contextmanager
-def _progress() -> Iterator["Progress"]:
-    """A bar per stage with the time left, on stderr; nothing where that is no terminal."""
+def _progress(stopped: str = STARTS_AGAIN) -> Iterator["Progress"]:
+    """A bar per stage with the time left, on stderr; nothing where that is no terminal. Ctrl-C ends with `stopped`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -253,23 +258,45 @@ def _progress() -> Iterator["Progress"]:
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks = {}
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            tasks = {}
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done)
 
-        yield show
+            yield show
+    except KeyboardInterrupt:
+        typer.echo(f"msm-dist: {stopped}", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _tars(paths: list[Path]) -> list[Path]:
+    """The tars that are named; those in a folder where it is one. Raises DataError."""
+    if len(paths) != 1 or not paths[0].is_dir():
+        return paths
+    tars = sorted(path for path in paths[0].glob("*.tar") if path.is_file())
+    if not tars:
+        raise DataError(f"{paths[0]}: holds no .tar files; name the folder that they lie in, not one above it")
+    return tars
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _size(index: "Index") -> str:
+    size = sum(shard.bytes for shard in index.shards)
+    return (
+        f"{index.location}: {_counted(index.num_clips, 'clip')}, {index.seconds / 3600:.2f} h, "
+        f"{_counted(len(index.shards), 'shard')}, {size / 1e6:.1f} MB"
+    )
 
 
 def _show(index: "Index") -> None:
-    size = sum(shard.bytes for shard in index.shards)
-    typer.echo(
-        f"{index.location}: {index.num_clips} clips, {index.seconds / 3600:.2f} h, {len(index.shards)} shards, "
-        f"{size / 1e6:.1f} MB"
-    )
+    typer.echo(_size(index))
     if index.mean is not None:
         typer.echo(f"log-mel mean {index.mean:.4f}, std {index.std:.4f}")
     if index.official:
@@ -296,16 +323,19 @@ def _warn(index: "Index") -> None:
 
 
 def _show_left_out(index: "Index") -> None:
-    """What report.json lists, the first of it by name."""
+    """What report.json lists, the first of it by name; what is as it should be, or told already, only as a number."""
     from msm_dist.data.index import REPORT_NAME
 
     path = index.root / REPORT_NAME
     report = json.loads(path.read_text())
     if absent := report.get("csv_clips_without_file"):
-        typer.echo(f"{absent} clips of the CSV have no file")
-    left_out = report["left_out"]
-    if left_out:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in report["reasons"].items())
-        typer.echo(f"left out: {reasons} (all in {path})")
-    for entry in left_out[:SHOWN]:
+        typer.echo(f"clips of the CSV without a file: {absent}")
+    if reasons := report["reasons"]:
+        faults_first = sorted(reasons, key=lambda reason: (reason in ONLY_COUNTED, reason))
+        counts = ", ".join(f"{reasons[reason]} {reason}" for reason in faults_first)
+        typer.echo(f"left out: {counts} (all in {path})")
+    faults = [entry for entry in report["left_out"] if entry["reason"] not in ONLY_COUNTED]
+    for entry in faults[:SHOWN]:
         typer.echo(f"  {entry['file']} at {entry['start_seconds']:g} s: {entry['reason']} ({entry['detail']})")
+    if len(faults) > SHOWN:
+        typer.echo(f"  and {len(faults) - SHOWN} more")

@@ -180,13 +180,14 @@ def write_index(index: Index) -> None:
 
 
 def check_shards(
-    index: Index, verify: Literal["size", "digest"], allow_missing: bool = False, access: Access = ACCESS
+    index: Index, verify: Literal["size", "digest"], allow_missing: bool | None = None, access: Access = ACCESS
 ) -> set[int]:
     """Compare the shards with the index: their size, or their sha256 too (reads everything).
 
     Returns the numbers of missing shards; with `allow_missing` those of another size, cut off or half copied, count
-    as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`. Shards
-    whose size only reading would tell (pipe:) count as there.
+    as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`; False
+    is for runs, whose setting it is and is named, None for commands without it. Shards whose size only reading would
+    tell (pipe:) count as there.
     """
     store = open_store(index.location, access)
     sizes = store.sizes([shard.location for shard in index.shards])
@@ -204,7 +205,7 @@ def check_shards(
             faults.append(fault)
     if faults:
         remedy = "copy the shards again, or pack them again"
-        if missing and not allow_missing:
+        if missing and allow_missing is False:
             remedy += "; data.allow_missing_shards=true starts without the missing ones"
         raise DataError(
             f"{index.location}: {len(faults)} of {len(index.shards)} shards are not what {INDEX_NAME} says; "

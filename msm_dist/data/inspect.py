@@ -24,7 +24,7 @@ from msm_dist.data.audioset import USUAL_MEAN, USUAL_STD
 from msm_dist.data.contents import front_end_of, printable, stored_clips
 from msm_dist.data.index import ACCESS, Index, Shard, members
 from msm_dist.data.logmel import SUFFIX
-from msm_dist.data.storage import Span, is_remote, open_store
+from msm_dist.data.storage import UNKNOWN_SIZE, Span, is_remote, open_store
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.features import LogMel, mel_filters
 from msm_dist.files import write_atomically
@@ -52,6 +52,7 @@ def summarize(index: Index) -> Iterator[str]:
     yield f"digest     {index.digest}"
     if index.made_from:
         yield f"made from  the audio with digest {index.made_from}"
+    yield from _absent(index)
     yield f"shards     {sizes.min()} to {sizes.max()} clips, the largest {sizes.max() / sizes.mean():.2f} x the mean"
     yield f"rates      {_counted(f'{rate} Hz' for table in tables for rate in table['rate'].tolist())}"
     yield f"codecs     {_counted(name.decode() for table in tables for name in table['format'].tolist())}"
@@ -81,14 +82,21 @@ def list_clips(shard: Shard) -> Iterator[str]:
 
 
 def find_clip(index: Index, key: str) -> Place:
-    """The clip with this key, or the only one whose key begins so. Raises ConfigError that names similar keys."""
-    wanted, keys, starting, shown = key.encode(errors="surrogateescape"), [], [], []
+    """The clip with this key, or the only one whose key begins so or has it in it as a word, such as a YTID.
+
+    Raises ConfigError that names similar keys.
+    """
+    wanted, keys, starting, inside, shown = key.encode(errors="surrogateescape"), [], [], [], []
+    # A packed key has the folders before the file's name, which may have a Y before the YTID, and a start behind it.
+    word = re.compile(rb"(?:^|[^A-Za-z0-9]Y?|^Y)" + re.escape(wanted) + rb"(?![A-Za-z0-9])")
     for shard in index.shards:
         table = members(shard)
         exact = np.flatnonzero(table["key"] == wanted)
         if len(exact):
             return Place(shard, table[exact[0]])
         starting += [Place(shard, table[i]) for i in np.flatnonzero(np.char.startswith(table["key"], wanted))]
+        holding = np.flatnonzero(np.char.find(table["key"], wanted) >= 0)
+        inside += [Place(shard, table[i]) for i in holding if word.search(table["key"][i])]
         if "\\" in key:  # as this module shows keys that can't be typed
             shown += [Place(shard, row) for row in table if printable(row["key"]) == key]
         keys += [printable(name) for name in table["key"][: max(0, SEARCHED - len(keys))]]
@@ -96,14 +104,18 @@ def find_clip(index: Index, key: str) -> Place:
         return shown[0]
     if len(starting) == 1:
         return starting[0]
-    if starting:
-        some = ", ".join(printable(place.row["key"]) for place in starting[:SUGGESTIONS])
+    if not starting and len(inside) == 1:
+        return inside[0]
+    if several := starting or inside:
+        some = ", ".join(printable(place.row["key"]) for place in several[:SUGGESTIONS])
+        how = "begin so" if starting else "have it in them"
         raise ConfigError(
-            f"{printable(key)}: {len(starting)} keys in {index.location} begin so ({some}, ...); give one of them"
+            f"{printable(key)}: {len(several)} keys in {index.location} {how} ({some}, ...); give one of them"
         )
     similar = difflib.get_close_matches(key, keys, SUGGESTIONS)
     remedy = f"did you mean {', '.join(similar)}?" if similar else f"such as {keys[0]}"
-    raise ConfigError(f"{printable(key)}: no clip of {index.location} has this key, {remedy}")
+    what = "no such option, and no clip" if key.startswith("-") else "no clip"
+    raise ConfigError(f"{printable(key)}: {what} of {index.location} has this key, {remedy}")
 
 
 def inspect_clip(index: Index, place: Place, out: Path, original: bool = False, overwrite: bool = False) -> list[str]:
@@ -128,7 +140,10 @@ def inspect_clip(index: Index, place: Place, out: Path, original: bool = False, 
             about = probe(content)
             samples = to_int16(decode(content, features.sample_rate))
             logmel = LogMel(features)(torch.from_numpy(samples[None]), centred=True)[0, 0].numpy()
-            lines += [f"channels   {about.channels}, heard as their mean", f"level      {_level(samples)}"]
+            lines += [
+                f"channels   {about.channels}{', heard as their mean' if about.channels > 1 else ''}",
+                f"level      {_level(samples)}",
+            ]
             files[".wav"] = _wav(samples, features.sample_rate)
     except BadClip as fault:
         raise DataError(f"{shard.location}: {printable(row['key'])}: {fault}; see `msm-dist data verify`") from None
@@ -170,6 +185,20 @@ def band_centres(features: Features) -> np.ndarray:
     filters = mel_filters(features).numpy()
     frequencies = np.linspace(0, features.sample_rate / 2, len(filters))
     return (frequencies @ filters) / np.maximum(filters.sum(axis=0), 1e-30)
+
+
+def _absent(index: Index) -> Iterator[str]:
+    """The shards that are missing or of another size; only reading tells the size of some (pipe:)."""
+    sizes = open_store(index.location, ACCESS).sizes([shard.location for shard in index.shards])
+    pairs = list(zip(index.shards, sizes, strict=True))
+    missing = [shard.name for shard, size in pairs if size is None]
+    other = [shard.name for shard, size in pairs if size not in (None, UNKNOWN_SIZE, shard.bytes)]
+    if missing or other:
+        named = ", ".join([*missing, *other][:SUGGESTIONS]) + (", ..." if len(missing + other) > SUGGESTIONS else "")
+        yield (
+            f"faults     {len(missing)} of {len(pairs)} shards missing, {len(other)} of another size ({named}); all "
+            f"below is what the index says: see `msm-dist data verify {index.location}`"
+        )
 
 
 def _counted(values: Iterator[str]) -> str:

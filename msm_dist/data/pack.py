@@ -134,13 +134,23 @@ def _list(source: Path, settings: PackSettings, tables: Tables, workers: int, pr
             )
         return parquet.list_rows(source, files, tables, names, progress)
     found = list_clips(source, tables, names, settings.segment_seconds, settings.features, workers, progress)
-    if lost := [entry for entry in found.left_out if entry.reason == containers.MISSING]:
+    lost = [entry for entry in found.left_out if entry.reason == containers.MISSING]
+    if lost and found.clips:  # else an error names them
         log.warning("%d files are left out, such as %s: %s", len(lost), lost[0].file, lost[0].detail)
     return found
 
 
 def _shown(found: ClipList) -> str:
-    return listed([f"{entry.file}: {entry.reason} ({entry.detail})" for entry in found.left_out])
+    """What is left out, one file for all that share a reason."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for entry in found.left_out:
+        files.setdefault((entry.reason, entry.detail), []).append(entry.file)
+    return listed(
+        [
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason} ({detail})"
+            for (reason, detail), names in files.items()
+        ]
+    )
 
 
 def _shard_tasks(clips: Sequence[Any], source: Path, out: Path, settings: PackSettings) -> list[ShardTask]:

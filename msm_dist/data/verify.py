@@ -19,7 +19,7 @@ from msm_dist.data.clips import Progress, quiet
 from msm_dist.data.contents import front_end_of, printable, split_name
 from msm_dist.data.index import ACCESS, Index, Shard, check_shards, members, shard_fault
 from msm_dist.data.logmel import HEADER_BYTES, check_rows
-from msm_dist.data.storage import Access, is_remote, open_store
+from msm_dist.data.storage import Access, Span, is_remote, open_store
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 
@@ -34,11 +34,14 @@ def verify_shards(
 ) -> list[str]:
     """Compare every shard with the index: size, sha256, sidecar, the members' headers and, if asked, that clips decode.
 
-    Returns the faults, each naming its file, in the order of the index. Raises DataError where clips behind a URL
-    are to be decoded.
+    Returns the faults, each naming its file, in the order of the index; with `decode_clips` the clips of a shard of
+    another digest too, unless its size is another. Raises DataError where clips behind a URL are to be decoded, and
+    where their server can't be read, which is no fault of the shards.
     """
     if decode_clips and is_remote(index.location):
         raise DataError(f"{index.location}: --decode is for shards on this machine; copy them, or verify without it")
+    if is_remote(index.location):
+        _check_access(index, access)
     faults = {}
     tasks = [(replace(index, shards=(shard,)), decode_clips, access) for shard in index.shards]
     for name, found in run_tasks(_verify_shard, tasks, num_processes(index, decode_clips, workers)):
@@ -55,20 +58,32 @@ def num_processes(index: Index, decode_clips: bool, workers: int) -> int:
 
 def _verify_shard(task: Task) -> tuple[str, list[str]]:
     index, decode_clips, access = task
-    shard = index.shards[0]
+    shard, faults = index.shards[0], []
     try:
         if is_remote(shard.location):
             check_shards(index, "digest", access=access)
             members(shard, open_store(shard.location, access))
             return shard.name, []
         if fault := shard_fault(shard, "digest"):
-            return shard.name, [fault]
+            faults.append(fault)
+            # Which clips the damage is in, only reading them tells; of another size, nothing is where it was.
+            if not decode_clips or shard.path.stat().st_size != shard.bytes:
+                return shard.name, faults
         table = members(shard)
     except FileNotFoundError:
         return shard.name, [f"{shard.location}: missing"]
     except DataError as error:
-        return shard.name, [str(error)]
-    return shard.name, [*_length_faults(index, shard, table), *_clip_faults(index, shard, table, decode_clips)]
+        return shard.name, [*faults, str(error)]
+    return shard.name, [*faults, *_length_faults(index, shard, table), *_clip_faults(index, shard, table, decode_clips)]
+
+
+def _check_access(index: Index, access: Access) -> None:
+    """Read a byte of the first whole shard. Raises DataError: what fails here would fail for every one."""
+    store = open_store(index.location, access)
+    for shard in index.shards:
+        if store.sizes([shard.location]) == [shard.bytes]:
+            store.fetch([Span(shard.location, shard.bytes, 0, 1)])
+            return
 
 
 def _clip_faults(index: Index, shard: Shard, table: np.ndarray, decode_clips: bool) -> Iterator[str]:

@@ -18,7 +18,6 @@ from msm_dist.data.audio import BadClip
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import DataError
 from tests.audio_files import encode, noise, write_audio
-from tests.test_data_commands import run
 
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None or containers.unusable() is not None,
@@ -266,20 +265,6 @@ def test_nothing_but_videos_without_torchcodec_is_an_error(tmp_path, without_tor
     (tmp_path / "source" / "a.m4a").write_bytes(MP4_HEAD)
     with pytest.raises(DataError, match=r"(?s)none of its 1 files can be used.*a\.m4a.*msm-dist\[video\]"):
         pack(tmp_path / "source", tmp_path / "out", PackSettings())
-
-
-def test_one_message_says_that_torchcodec_is_missing(tmp_path, without_torchcodec, caplog):
-    (tmp_path / "source").mkdir()
-    for number in range(5):
-        (tmp_path / "source" / f"{number}.m4a").write_bytes(MP4_HEAD)
-    with pytest.raises(DataError) as error:
-        pack(tmp_path / "source", tmp_path / "out", PackSettings())
-    assert str(error.value).count("msm-dist[video]") == 1 and "0.m4a and 4 more: no_torchcodec" in str(error.value)
-    assert not caplog.messages
-    write_audio(tmp_path / "source" / "good.wav", noise(16000), "wav")
-    output = run("pack", tmp_path / "source", tmp_path / "out", "--workers", 1)
-    assert len(caplog.messages) == 1
-    assert "left out: 5 no_torchcodec" in output and "msm-dist[video]" not in output and ".m4a" not in output
 
 
 def test_torchcodec_without_its_libraries_says_what_to_install(monkeypatch):

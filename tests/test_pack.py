@@ -21,7 +21,7 @@ import webdataset
 
 from msm_dist.config import Features
 from msm_dist.data.audio import decode, to_int16
-from msm_dist.data.clips import cut, unique_stems
+from msm_dist.data.clips import cut, find_files, unique_stems
 from msm_dist.data.index import Official, load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import ConfigError, DataError
@@ -543,3 +543,39 @@ def test_killed_pack_continues_to_the_same_bytes_and_leaves_no_process(source, t
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert 0 < len(finished) < 18
     assert {name: (out / name).stat().st_ino for name in finished} == finished
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    write_audio(tmp_path / "elsewhere" / "deep" / "a.wav", noise(16000), "wav")
+    write_audio(tmp_path / "source" / "b.wav", noise(17000), "wav")
+    (tmp_path / "source" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "source" / "again").symlink_to(tmp_path / "source")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    assert find_files(tmp_path / "source", {".wav"}) == ["b.wav", "link/deep/a.wav"]
+    assert pack(tmp_path / "source", tmp_path / "out", PackSettings()).num_clips == 2
+
+
+def test_folder_that_can_not_be_listed_stops_the_pack(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_audio(tmp_path / "source" / name / "x.wav", noise(16000), "wav")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="source/b: can't be listed .Permission denied.; mend that"):
+        pack(tmp_path / "source", tmp_path / "out", PackSettings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_leftovers_of_a_killed_pack_are_removed(source, tmp_path):
+    out = tmp_path / "out"
+    pack(source, out, PackSettings())
+    expected = sorted(path.name for path in out.iterdir())
+    (out / "index.json").unlink()
+    (out / "x.tar.tmp").write_bytes(b"half")
+    pack(source, out, PackSettings())
+    assert sorted(path.name for path in out.iterdir()) == expected

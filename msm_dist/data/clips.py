@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from msm_dist.config import Features
 from msm_dist.data import audioset, containers
@@ -142,14 +142,40 @@ def find_audio(source: Path) -> list[str]:
 
 
 def find_files(source: Path, suffixes: AbstractSet[str]) -> list[str]:
-    """Paths below `source` of all files with these suffixes, sorted, without hidden ones."""
+    """Paths below `source` of all files with these suffixes, sorted, without hidden ones. Raises DataError.
+
+    Links to folders are followed; a folder that lies above itself by one is not entered again.
+    """
     files = []
-    for folder, subfolders, names in os.walk(source):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    above = {str(source): frozenset({_identity(source)})}
+    for folder, subfolders, names in os.walk(source, onerror=_unlistable, followlinks=True):
+        here = above.pop(folder)
+        entered = []
+        for name in subfolders:
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and (identity := _identity(path)) not in here:
+                entered.append(name)
+                above[path] = here | {identity}
+        subfolders[:] = entered
         inside = Path(folder).relative_to(source)
         visible = [name for name in names if not name.startswith(".")]
         files += [(inside / name).as_posix() for name in visible if Path(name).suffix.lower() in suffixes]
     return sorted(files)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        _unlistable(error)
+    return found.st_dev, found.st_ino
+
+
+def _unlistable(error: OSError) -> NoReturn:
+    """Its files would else be missing without a word."""
+    raise DataError(
+        f"{error.filename}: can't be listed ({error.strerror}); mend that, or remove the folder from what is packed"
+    ) from None
 
 
 def cut(samples: int, rate: int, segment_seconds: float) -> list[tuple[int, int]]:

@@ -35,7 +35,8 @@ def index_in_place(
     if not csvs:
         official = earlier.official if earlier and earlier.digest == index.digest else None
         return Indexed(_with(index, official))
-    stems = [PurePosixPath(key).name for shard in index.shards for key in members(shard)["key"].astype(str)]
+    keys = (key.decode(errors="surrogateescape") for shard in index.shards for key in members(shard)["key"].tolist())
+    stems = [PurePosixPath(key).name for key in keys]
     known = tables.segments.keys() | tables.evaluation
     ytids = [audioset.find_ytid(stem, known)[0] for stem in stems]
     index = _with(index, audioset.official(tables, (ytid for ytid in ytids if ytid)))

@@ -24,7 +24,7 @@ import torch
 from msm_dist import extension, monitor
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
 from msm_dist.corpus import Corpus, check_digests, corpus_identity, open_corpus, plan_identity
-from msm_dist.data.storage import access_of
+from msm_dist.data.storage import access_of, is_remote
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
@@ -232,10 +232,15 @@ def stop_if_too_much_is_bad(run: Training) -> None:
     if bad_samples <= cfg.data.max_bad_fraction * max(served, epoch):
         return
     save(run, complete=True)
+    # Clips behind a URL are not decoded by that command.
+    checks = " and ".join(
+        f"`msm-dist data verify {source.location}{'' if is_remote(source.location) else ' --decode'}`"
+        for source in run.corpus.sources
+    )
     error = DataError(
         f"data.max_bad_fraction = {cfg.data.max_bad_fraction}: {bad_samples:.0f} of {served} samples by step "
-        f"{run.step} could not be decoded (an epoch has {epoch}); the log names the clips. Check with `msm-dist data "
-        "verify --decode`, or raise the limit; the run is saved and continues with the same command"
+        f"{run.step} could not be decoded (an epoch has {epoch}); the log names the clips. Check with "
+        f"{checks}, or raise the limit; the run is saved and continues with the same command"
     )
     error.on_all_ranks = True
     raise error

@@ -425,6 +425,7 @@ def test_bad_clips_are_filled_and_counted_and_too_many_stop_the_run(runs, tmp_pa
     codes, output = runs.run("too-bad", where, "data.max_bad_fraction=0.001", ranks=1)
     assert codes == [2], output
     assert "data.max_bad_fraction = 0.001: 1 of 16 samples by step 1 could not be decoded (an epoch has 192)" in output
+    assert f"Check with `msm-dist data verify {shards} --decode`" in output
     assert "Traceback" not in output
 
 

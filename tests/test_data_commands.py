@@ -1,21 +1,17 @@
 """`msm-dist data ...` as a user types it."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
 from typer.testing import CliRunner
 
-from msm_dist.config import Features
 from msm_dist.data import containers
 from msm_dist.data.commands import app
-from msm_dist.data.foreign import index_in_place
 from msm_dist.data.index import load_index
 from msm_dist.errors import ConfigError, DataError
 from tests.audio_files import bad_files, encode, noise, write_audio
@@ -264,15 +260,3 @@ def test_help_does_not_wait_for_torch():
 
 def test_report_is_json_for_other_tools(corpus):
     assert json.loads((corpus / "shards" / "train" / "report.json").read_text())["clips"] == 12
-
-
-def test_tar_with_names_beyond_ascii_is_matched_with_tables(tmp_path):
-    content = encode(noise(16000))
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name in ("é/abcdefghijk", "caf\udce9"):
-            member = tarfile.TarInfo(f"{name}.flac")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    (tmp_path / "balanced_train_segments.csv").write_text('abcdefghijk, 0, 10, "/m/1"\n')
-    made = index_in_place([tmp_path / "x.tar"], Features(), [tmp_path / "balanced_train_segments.csv"])
-    assert (made.index.num_clips, made.index.official.found, made.num_unlisted) == (2, 1, 1)

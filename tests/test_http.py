@@ -212,12 +212,31 @@ def test_the_first_fault_of_many_ends_the_retries_of_the_others(server, place):
 
 
 def test_reads_that_had_not_begun_at_a_fault_never_do(server):
-    server.faults = lambda request: "gone" if request.start == 0 else None
-    store = open_store(server.url, PATIENT._replace(connections=1))
+    second, told = threading.Event(), threading.Event()
+
+    def faults(request):
+        if request.start == 0:
+            assert second.wait(60)
+            return "gone"
+        second.set()
+        # Its thread is free for more only when the fault is out.
+        told.wait(60)
+        return None
+
+    server.faults = faults
+    store = open_store(server.url, PATIENT._replace(timeout=60.0, connections=2))
     with pytest.raises(DataError, match="no longer there"):
         store.fetch(spans_of(server, *((start * 1000, start * 1000 + 10) for start in range(100))))
+    told.set()
     until_reads_have_ended()
-    assert len(server.log) == 1
+    assert len(server.log) == 2
+
+
+def test_no_clip_of_a_strangers_index_is_collected_without_bound(server):
+    span = Span(f"{server.url}/a.bin", 2**50, 0, remote.MAX_SPAN + 1)
+    with pytest.raises(DataError, match=f"a clip of {remote.MAX_SPAN + 1} bytes"):
+        open_store(server.url, PATIENT).fetch([span])
+    assert not server.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

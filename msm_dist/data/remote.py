@@ -21,6 +21,7 @@ from msm_dist.errors import DataError
 
 SIZES_PER_CONNECTION = 4  # requests for sizes carry nothing: so many more of them at once
 MAX_MERGED_BYTES = 4 * 2**20
+MAX_SPAN = 2**30
 MAX_SMALL_FILE = 256 * 2**20
 MIN_BYTES_PER_SECOND = 50_000
 FIRST_PAUSE = 1 / 30  # longest pause before the first retry, of the timeout; doubled each time, up to the timeout
@@ -88,6 +89,11 @@ class RemoteFiles:
     def _read_span(self, span: Span) -> bytes:
         if span.start == span.stop:
             return b""
+        if span.stop - span.start > MAX_SPAN:
+            raise DataError(
+                f"{span.location}: has a clip of {span.stop - span.start} bytes; {MAX_SPAN} are the most that are held "
+                "in memory for one from a URL; copy the shards to a disk"
+            )
         try:
             content = self._transport.read_span(span)
         except FileNotFoundError:

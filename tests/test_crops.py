@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.data_corpora import encode_sound, make_sound
 from msm_dist.config import Features
+from msm_dist.data import crops as crops_module
 from msm_dist.data import storage
 from msm_dist.data.audio import decode, decode_crop, decode_crops, to_int16
 from msm_dist.data.crops import CropReader, Source
@@ -198,3 +199,22 @@ def test_crops_of_a_clip_that_are_decoded_together_are_those_decoded_alone():
     for start, crop in zip(starts, together, strict=True):
         np.testing.assert_array_equal(crop, decode_crop(encoded, start, start + 33520, 160000, 16000))
         np.testing.assert_array_equal(crop, padded[start + 200 :][:33520])
+
+
+def test_bytes_fetched_at_once_are_bounded(index, monkeypatch):
+    reader = CropReader(source_of(index))
+    ids = np.array([(0, clip, 0) for clip in range(70)])
+    expected = reader.read(ids)
+    fetched = []
+    fetch = reader._store.fetch
+
+    def recorded(spans):
+        fetched.append([span.stop - span.start for span in spans])
+        return fetch(spans)
+
+    monkeypatch.setattr(reader._store, "fetch", recorded)
+    monkeypatch.setattr(crops_module, "FETCH_BYTES", 50_000)
+    again = reader.read(ids)
+    assert max(sum(sizes) for sizes in fetched) <= 50_000 and len(fetched) > 3
+    for crop, first in zip(again, expected, strict=True):
+        np.testing.assert_array_equal(crop.values, first.values)

@@ -18,7 +18,7 @@ import pytest
 from msm_dist.data.index import load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import ConfigError, DataError
-from tests.audio_files import bad_files, encode, noise, write_audio
+from tests.audio_files import bad_files, encode, flac_claiming, noise, write_audio
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'msm-dist[parquet]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'msm-dist[parquet]'")
@@ -155,6 +155,15 @@ def test_long_rows_are_cut(tmp_path):
     found = packed(tmp_path / "out")
     assert list(found) == ["long_0", "long_2000", "long_4000"]
     assert [info["origin"]["seconds"] for info in found.values()] == [2, 2, 1]
+
+
+def test_row_that_claims_hours_is_left_out_as_a_whole(tmp_path):
+    claims = flac_claiming(noise(16000 * 5), 2**36 - 1)
+    write_table(tmp_path / "source" / "a.parquet", {"long": claims, "good": encode(noise(16000))})
+    index = pack(tmp_path / "source", tmp_path / "out", replace(SETTINGS, segment_seconds=2.0))
+    assert index.num_clips == 1
+    (entry,) = report(tmp_path / "out")["left_out"]
+    assert (entry["file"], entry["start_seconds"]) == ("a.parquet/long", 0)
 
 
 def test_other_layouts_of_the_columns_are_read(tmp_path):

@@ -20,7 +20,7 @@ import soundfile
 from msm_dist.config import Features
 from msm_dist.data import logmel
 from msm_dist.data.audio import AudioInfo, BadClip
-from msm_dist.data.clips import Clip, LeftOut, cut
+from msm_dist.data.clips import MIN_TAIL_SECONDS, Clip, LeftOut, cut
 from msm_dist.data.index import UNFINISHED_NAME, file_sha256, member_table, write_members
 from msm_dist.data.media import check_length, probe, read_span, whole_if_small
 from msm_dist.data.parquet import Row, read_rows
@@ -138,6 +138,9 @@ def _row_pieces(task: ShardTask, row: Row, content: bytes) -> Iterator[Piece | L
     try:
         about = probe(content)
         check_length(about.samples, about.sample_rate, task.features)
+        if about.samples >= (task.segment_seconds + MIN_TAIL_SECONDS) * about.sample_rate:
+            # As with files: what a header claims and is not there would become a clip per segment.
+            read_span(content, about.samples - about.sample_rate, about.samples, task.features.sample_rate)
     except BadClip as error:
         yield LeftOut(row.name, 0.0, error.reason, error.detail)
         return

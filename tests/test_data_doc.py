@@ -27,7 +27,7 @@ def commands(page: Path) -> list[list[str]]:
     inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`", text)]
     lines = [line for line in [*blocks.splitlines(), *inline] if line.startswith("msm-dist ")]
     found = [shlex.split(line, comments=True)[1:] for line in lines]
-    return [[PLACEHOLDERS.get(word, word) for word in words] for words in found]
+    return [[PLACEHOLDERS.get(word, word) for word in words] for words in found if words != ["data"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

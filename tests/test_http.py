@@ -232,6 +232,16 @@ def test_reads_that_had_not_begun_at_a_fault_never_do(server):
     assert len(server.log) == 2
 
 
+def test_a_server_that_stays_away_is_told_once_while_it_is_waited_for(server, caplog):
+    server.faults = by_turns("500")
+    fetched(server, (0, 10), (1_000, 1_010))
+    assert not caplog.messages
+    server.faults = by_turns(*["503"] * remote.TOLD_AFTER)
+    # One at a time, lest two tell it at the same moment.
+    fetched(server, (0, 10), (1_000, 1_010), access=PATIENT._replace(timeout=1.0, retries=9, connections=1))
+    assert caplog.messages == [f"{server.url}/a.bin: status 503; trying again, 4 of 9 times by now"]
+
+
 def test_no_clip_of_a_strangers_index_is_collected_without_bound(server):
     span = Span(f"{server.url}/a.bin", 2**50, 0, remote.MAX_SPAN + 1)
     with pytest.raises(DataError, match=f"a clip of {remote.MAX_SPAN + 1} bytes"):

@@ -6,6 +6,7 @@ Fails with FileNotFoundError where there is no such file, with DataError where a
 have failed: that ends the run, which continues from its last checkpoint.
 """
 
+import logging
 import random
 import threading
 import time
@@ -25,12 +26,15 @@ MAX_SPAN = 2**30
 MAX_SMALL_FILE = 256 * 2**20
 MIN_BYTES_PER_SECOND = 50_000
 FIRST_PAUSE = 1 / 30  # longest pause before the first retry, of the timeout; doubled each time, up to the timeout
+TOLD_AFTER = 4  # attempts in vain: a server that fails now and then is no news
 LONGEST_REQUESTED_PAUSE = 2  # of what a server asks for, in timeouts
 THREAD_NAME = "remote-read"
 AGAIN = "start again once that is mended: the same command continues the run from its last checkpoint"
 
 _random = random.SystemRandom()  # the run's own generators stay as they are
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
@@ -119,8 +123,13 @@ def merged(spans: Sequence[Span]) -> list[tuple[Span, list[int]]]:
     return requests
 
 
-def persistently(location: str, attempt: Callable[[], T], access: Access, given_up: threading.Event) -> T:
-    """What an attempt gives, made again while it is Unavailable and nobody has given up. Raises DataError."""
+def persistently(
+    location: str, attempt: Callable[[], T], access: Access, given_up: threading.Event, told: threading.Event
+) -> T:
+    """What an attempt gives, made again while it is Unavailable and nobody has given up. Raises DataError.
+
+    A warning says so when it lasts, unless one was `told`.
+    """
     begun = time.monotonic()
     tried = 0
     while True:
@@ -132,6 +141,9 @@ def persistently(location: str, attempt: Callable[[], T], access: Access, given_
         if tried > access.retries or given_up.is_set():
             seconds = time.monotonic() - begun
             raise DataError(f"{location}: can't be read ({reason}); tried {tried} times over {seconds:.1f} s; {AGAIN}")
+        if tried == TOLD_AFTER and not told.is_set():
+            told.set()
+            log.warning("%s: %s; trying again, %d of %d times by now", location, reason, tried, access.retries)
         given_up.wait(pause_before(tried, asked, access.timeout))
 
 
@@ -152,7 +164,7 @@ def at_once(work: Sequence[tuple[str, Callable[[], T]]], access: Access, num_thr
     The threads end with the work, or with the process: one that is told to end does not wait for a read that stalls,
     as it would for those of an executor.
     """
-    given_up = threading.Event()
+    given_up, told = threading.Event(), threading.Event()
     results: list[T | None] = [None] * len(work)
     left = deque(range(len(work)))
     done: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -164,7 +176,7 @@ def at_once(work: Sequence[tuple[str, Callable[[], T]]], access: Access, num_thr
             except IndexError:
                 return
             try:
-                results[number] = persistently(*work[number], access, given_up)
+                results[number] = persistently(*work[number], access, given_up, told)
             except BaseException as fault:  # whatever it is, it is the caller's
                 left.clear()
                 done.put(fault)

@@ -1,7 +1,7 @@
 """An output folder that belongs to one command's output: killed, the same command continues; no other may write there.
 
 In: a folder, and as a JSON object what must be equal for its content to be continued. Out: the folder, held by a lock
-that ends with the process. Fails with ConfigError where it holds something else.
+that ends with the process. Fails with ConfigError where it holds something else, DataError where it was damaged.
 """
 
 import errno
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from msm_dist.data.index import INDEX_NAME
-from msm_dist.errors import ConfigError
+from msm_dist.data.index import INDEX_NAME, UNFINISHED_NAME, Index, check_shards, load_index
+from msm_dist.errors import ConfigError, DataError
 
 SETTINGS_NAME = "pack.json"
 
@@ -36,6 +36,27 @@ def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
             file.flush()
             os.fsync(file.fileno())
         yield
+
+
+def finished(out: Path, command: str) -> Index | None:
+    """The index, where all of it is written. Raises DataError if shards were damaged since."""
+    if (out / UNFINISHED_NAME).exists() or not (out / INDEX_NAME).exists():
+        return None
+    index = load_index(str(out))
+    try:
+        check_shards(index, "size")
+    except DataError as error:
+        raise DataError(f"{error}\nto {command} again, remove {out} first") from None
+    return index
+
+
+def begun(out: Path) -> Path:
+    """The folder for what is unfinished, made if need be; what a killed start left half written is gone."""
+    unfinished = out / UNFINISHED_NAME
+    unfinished.mkdir(exist_ok=True)
+    for leftover in [*out.glob("*.tmp"), *unfinished.glob("*.tmp")]:
+        leftover.unlink()
+    return unfinished
 
 
 def _lock(file: TextIO, out: Path) -> None:

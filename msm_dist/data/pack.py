@@ -22,7 +22,7 @@ import numpy as np
 from msm_dist.config import Features
 from msm_dist.data import audioset, containers, parquet
 from msm_dist.data.audioset import Tables
-from msm_dist.data.claim import claimed
+from msm_dist.data.claim import begun, claimed, finished
 from msm_dist.data.clips import (
     MIN_TAIL_SECONDS,
     Clip,
@@ -35,13 +35,9 @@ from msm_dist.data.clips import (
     write_report,
 )
 from msm_dist.data.index import (
-    INDEX_NAME,
-    UNFINISHED_NAME,
     Index,
     Shard,
-    check_shards,
     listed,
-    load_index,
     write_index,
 )
 from msm_dist.data.media import SUFFIXES
@@ -95,7 +91,7 @@ def pack(source: Path, out: Path, settings: PackSettings, workers: int = 1, prog
             raise DataError(f"{source}: none of its {found.counts['files']} files can be used:\n{_shown(found)}")
         tasks = _shard_tasks(found.clips, source, out, settings)
         with claimed(out, _identity(found, tasks[0].name, settings)):
-            return _finished(out) or _write_all(tasks, found, tables, workers, progress)
+            return finished(out, "pack") or _write_all(tasks, found, tables, workers, progress)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: {error.strerror or error}; mend that, and the same command continues"
@@ -204,25 +200,10 @@ def _identity(found: ClipList, first_shard: str, settings: PackSettings) -> dict
     }
 
 
-def _finished(out: Path) -> Index | None:
-    """The index, where the pack is finished. Raises DataError if shards were damaged since."""
-    if (out / UNFINISHED_NAME).exists() or not (out / INDEX_NAME).exists():
-        return None
-    index = load_index(str(out))
-    try:
-        check_shards(index, "size")
-    except DataError as error:
-        raise DataError(f"{error}\nto pack again, remove {out} first") from None
-    return index
-
-
 def _write_all(tasks: Sequence[ShardTask], found: ClipList, tables: Tables, workers: int, progress: Progress) -> Index:
     """Write the shards that have no record yet, then index and report."""
     out, features = tasks[0].out, tasks[0].features
-    unfinished = out / UNFINISHED_NAME
-    unfinished.mkdir(exist_ok=True)
-    for leftover in [*out.glob("*.tmp"), *unfinished.glob("*.tmp")]:
-        leftover.unlink()
+    unfinished = begun(out)
     todo = [task for task in tasks if not is_written(task)]
     total = len(found.clips)
     done = total - sum(len(task.clips) for task in todo)

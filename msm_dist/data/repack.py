@@ -21,10 +21,9 @@ import numpy as np
 
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, num_target_samples, to_int16
-from msm_dist.data.claim import claimed
+from msm_dist.data.claim import begun, claimed, finished
 from msm_dist.data.clips import Progress, quiet, write_report
 from msm_dist.data.index import (
-    INDEX_NAME,
     UNFINISHED_NAME,
     Index,
     Shard,
@@ -68,32 +67,17 @@ def repack(source: Path, out: Path, features: Features, workers: int = 1, progre
     identity = {"version": FORMAT_VERSION, "made_from": index.digest, "features": features.front_end()}
     try:
         with claimed(out, identity):
-            return _finished(out) or _write_all(index, out, features, workers, progress)
+            return finished(out, "pack") or _write_all(index, out, features, workers, progress)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: {error.strerror or error}; mend that, and the same command continues"
         ) from None
 
 
-def _finished(out: Path) -> Index | None:
-    """The index, where all is written. Raises DataError if shards were damaged since."""
-    if (out / UNFINISHED_NAME).exists() or not (out / INDEX_NAME).exists():
-        return None
-    index = load_index(str(out))
-    try:
-        check_shards(index, "size")
-    except DataError as error:
-        raise DataError(f"{error}\nto pack again, remove {out} first") from None
-    return index
-
-
 def _write_all(index: Index, out: Path, features: Features, workers: int, progress: Progress) -> Index:
     """Write the shards that have no record yet, then index and report."""
     check_shards(index, "size")
-    unfinished = out / UNFINISHED_NAME
-    unfinished.mkdir(exist_ok=True)
-    for leftover in [*out.glob("*.tmp"), *unfinished.glob("*.tmp")]:
-        leftover.unlink()
+    unfinished = begun(out)
     tasks = [_Task(shard, out, features) for shard in index.shards]
     todo = [task for task in tasks if not _is_written(task)]
     done = index.num_clips - sum(task.shard.clips for task in todo)

@@ -26,11 +26,10 @@ import numpy as np
 from msm_dist.config import Features
 from msm_dist.data import audioset
 from msm_dist.data.audio import BadClip, decode, num_target_samples, to_int16
-from msm_dist.data.claim import claimed
+from msm_dist.data.claim import begun, claimed, finished
 from msm_dist.data.clips import LeftOut, Progress, quiet, write_report
 from msm_dist.data.contents import Stored, front_end_of, printable, stored_clips
 from msm_dist.data.index import (
-    INDEX_NAME,
     UNFINISHED_NAME,
     Index,
     Official,
@@ -128,7 +127,7 @@ def split(source: str, out: Path, settings: SplitSettings, workers: int = 1, pro
     }
     try:
         with claimed(out, identity):
-            return _finished(out) or _write_all(index, out, settings, workers, progress)
+            return finished(out, "split") or _write_all(index, out, settings, workers, progress)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}; mend that and start again") from None
 
@@ -137,24 +136,9 @@ def _prefix(settings: SplitSettings) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", settings.name or settings.csv.stem).lstrip("_-") or "subset"
 
 
-def _finished(out: Path) -> Index | None:
-    """The index, where all is written. Raises DataError if shards were damaged since."""
-    if (out / UNFINISHED_NAME).exists() or not (out / INDEX_NAME).exists():
-        return None
-    index = load_index(str(out))
-    try:
-        check_shards(index, "size")
-    except DataError as error:
-        raise DataError(f"{error}\nto split again, remove {out} first") from None
-    return index
-
-
 def _write_all(index: Index, out: Path, settings: SplitSettings, workers: int, progress: Progress) -> Index:
     check_shards(index, "size")
-    unfinished = out / UNFINISHED_NAME
-    unfinished.mkdir(exist_ok=True)
-    for leftover in [*out.glob("*.tmp"), *unfinished.glob("*.tmp")]:
-        leftover.unlink()
+    unfinished = begun(out)
     chosen, left_out = _choose(index, settings, workers, progress)
     features = front_end_of(index)
     groups = np.array_split(np.arange(len(chosen)), -(-len(chosen) // settings.shard_clips))

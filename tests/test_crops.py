@@ -11,7 +11,7 @@ from msm_dist.data import crops as crops_module
 from msm_dist.data import storage
 from msm_dist.data.audio import decode, decode_crop, decode_crops, to_int16
 from msm_dist.data.crops import CropReader, Source
-from msm_dist.data.index import load_index, members
+from msm_dist.data.index import load_index, members, tables
 from msm_dist.data.plan import crop_offset, fill_block, make_plan
 from msm_dist.errors import DataError
 from tests.shards import damage_clip, noise_clips, write_corpus
@@ -218,3 +218,16 @@ def test_bytes_fetched_at_once_are_bounded(index, monkeypatch):
     assert max(sum(sizes) for sizes in fetched) <= 50_000 and len(fetched) > 3
     for crop, first in zip(again, expected, strict=True):
         np.testing.assert_array_equal(crop.values, first.values)
+
+
+def test_tables_beyond_the_bound_are_dropped_without_a_difference(index, monkeypatch):
+    expected = CropReader(source_of(index)).blocks(range(20))
+    monkeypatch.setattr(crops_module, "MAX_TABLE_BYTES", 0)
+    reads = []
+    monkeypatch.setattr(crops_module, "tables", lambda shards, store: reads.extend(shards) or tables(shards, store))
+    reader = CropReader(source_of(index))
+    for number in range(20):
+        block = reader.blocks([number])
+        at = slice(number * len(block.numbers), (number + 1) * len(block.numbers))
+        np.testing.assert_array_equal(block.values, expected.values[at])
+    assert len(reads) > len(index.shards), "none was kept"

@@ -24,7 +24,7 @@ from msm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-MAX_TABLES = 4096  # of clips, 30 kB each: a worker's lanes lie in that many shards before it needs one again
+MAX_TABLE_BYTES = 2**28  # of clips' tables, 63 B a clip: a worker's lanes lie in many shards before it needs one again
 FETCH_BYTES = 32 * 2**20  # of clips at once, where they are no views of mapped files
 MAX_SAMPLES = 2**40  # of a clip, by its sidecar
 
@@ -77,6 +77,11 @@ class _Table(NamedTuple):
     rows: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the arrays."""
+        return self.rows.nbytes + self.lengths.nbytes
+
 
 class _Read(NamedTuple):
     """What reading n samples gave, beside their values: offsets int64 [n], keys, which are good bool [n]."""
@@ -105,6 +110,7 @@ class CropReader:
         self._source = source
         self._store = FolderStores(source.access)
         self._known: dict[int, _Table] = {}
+        self._known_bytes = 0
         self._missing = np.array(sorted(source.missing), np.int64)
         self._like = no_crop(source.index.kind, source.features, source.crop_frames)
         self._reported: set[int] = set()
@@ -164,9 +170,10 @@ class CropReader:
         shards = [self._source.index.shards[number] for number in new]
         for number, shard, rows in zip(new, shards, tables(shards, self._store), strict=True):
             self._known[number] = self._table(shard, rows)
+            self._known_bytes += self._known[number].num_bytes
         found = {number: self._known[number] for number in numbers}
-        for oldest in list(self._known)[: max(0, len(self._known) - MAX_TABLES)]:
-            del self._known[oldest]
+        while self._known_bytes > MAX_TABLE_BYTES and self._known:
+            self._known_bytes -= self._known.pop(next(iter(self._known))).num_bytes
         return found
 
     def _table(self, shard: Shard, rows: np.ndarray) -> _Table:

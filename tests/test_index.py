@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import pickle
 import shutil
 from dataclasses import replace
@@ -294,3 +295,9 @@ def test_a_folder_may_be_called_as_a_shard_is(corpus, tmp_path):
         assert (found.digest, found.root) == (corpus.digest, folder)
     assert load_index(f"{folder}/{corpus.shards[0].name}").shards[0].path == folder / corpus.shards[0].name
     assert corpus.digest in run("inspect", folder)
+
+
+def test_a_brace_pattern_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "braceexpand", None)
+    with pytest.raises(DataError, match=r"msm-dist\[train\]"):
+        load_index("corpus/noise-{000000..000002}.tar")

@@ -312,8 +312,10 @@ def _expand(text: str) -> list[str]:
     """A brace pattern's names."""
     if "{" not in text:
         return [text]
-    import braceexpand
-
+    try:
+        import braceexpand
+    except ImportError:
+        raise DataError(f"{text}: brace patterns need braceexpand; pip install 'msm-dist[train]'") from None
     try:
         return list(braceexpand.braceexpand(text))
     except braceexpand.UnbalancedBracesError:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import sys
 import pickle
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np

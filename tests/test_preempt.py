@@ -193,7 +193,7 @@ def test_worker_that_nothing_ends_does_not_hold_the_exit(runs):
 
 
 def test_missing_data_weighs_more_than_a_requeue_and_both_are_saved(runs, tmp_path):
-    shards = shutil.copytree(runs.train, tmp_path / "shards")
+    shards = shutil.copytree(runs.train, tmp_path / runs.train.name)  # a checkpoint names its corpus by the folder
     settings = (f"data.shards={shards}", "data.num_workers=0")
     processes = runs.start("both", *settings, KILL="both:3", KILL_RANK="1")
     codes, output = ended(processes, 60)

@@ -29,6 +29,7 @@ VIDEO = ["torchcodec>=0.12"]
 PARQUET = ["pyarrow>=15.0"]
 S3 = ["s3fs>=2024.6"]
 GCS = ["gcsfs>=2024.6"]
+EVAL = ["scikit-learn>=1.4", "matplotlib>=3.8", "huggingface_hub>=0.30"]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -65,6 +66,6 @@ setup(
         "msm_kernels": ["configurations.json"],
     },
     install_requires=BASE,
-    extras_require={"train": TRAIN, "video": VIDEO, "parquet": PARQUET, "s3": S3, "gcs": GCS, "dev": DEV},
+    extras_require={"train": TRAIN, "video": VIDEO, "parquet": PARQUET, "s3": S3, "gcs": GCS, "eval": EVAL, "dev": DEV},
     entry_points={"console_scripts": ["msm-dist=msm_dist.cli:main"]},
 )

@@ -76,7 +76,7 @@ def make_environment(venv: Path, torch_index: str | None) -> None:
         run([*pip, "--no-deps", "--index-url", torch_index, "torch"])
     elif shutil.which("nvidia-smi") is None:
         say("    no GPU here: if pip fetches gigabytes of CUDA, stop and give TORCH_INDEX=<CPU wheel index>")
-    run([*pip, "-e", f"{ROOT}[train,video,parquet,s3,gcs,dev]"])
+    run([*pip, "-e", f"{ROOT}[train,video,parquet,s3,gcs,eval,dev]"])
     say("3/3 check, and repair what does not fit together (make doctor shows it again)")
     run([str(python), "-m", "msm_dist.doctor", "--fix"])
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

@@ -28,6 +28,8 @@ class Encoder:
     """A trained encoder with its front end and the statistics it was trained with."""
 
     def __init__(self, model: MaskedSpectrogramModel, info: WeightsInfo, device: str | torch.device = "cpu"):
+        self.info = info
+        """What the weights say beside themselves: geometry, front end, crop and origin."""
         self.features = info.features
         self.device = torch.device(device)
         self._grid = model.grid

@@ -1,8 +1,8 @@
-"""A source file of any kind, for packing: what its header says, and spans of it.
+"""A source file of any kind, for packing and embedding: what its header says, and spans of it.
 
 In: an open binary file or bytes. The content decides whether libsndfile (audio.py) or FFmpeg (containers.py) reads it,
-never its name. Out: AudioInfo; mono samples as int16 with the gain that keeps them within full scale. Fails with
-BadClip.
+never its name. Out: AudioInfo; mono samples as int16 with the gain that keeps them within full scale, or as they are in
+float32. Fails with BadClip.
 """
 
 import io
@@ -29,7 +29,12 @@ def probe(encoded: Encoded) -> AudioInfo:
 
 def read_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> tuple[np.ndarray, float]:
     """Samples [start, stop), at the file's own rate, as int16 [S] at `sample_rate`; and their gain. Raises BadClip."""
-    return fit_int16(_reader(encoded).decode_span(encoded, start, stop, sample_rate))
+    return fit_int16(decode_span(encoded, start, stop, sample_rate))
+
+
+def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np.ndarray:
+    """Samples [start, stop), at the file's own rate, as float32 [S] at `sample_rate`, unscaled. Raises BadClip."""
+    return _reader(encoded).decode_span(encoded, start, stop, sample_rate)
 
 
 def whole_if_small(file: BinaryIO) -> Encoded:

@@ -1,0 +1,70 @@
+"""Recordings as waveforms: every format, what their rates and channels become, and files that can't be read."""
+
+import numpy as np
+import pytest
+
+from msm_dist.data.audio import resample
+from msm_dist.errors import DataError
+from msm_dist.evaluate.recordings import read_audio
+from tests.audio_files import CODECS, bad_files, encode, noise, write_audio
+
+RATE = 16000
+EXACT = {"wav", "flac", "float.wav", "flac24"}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_format_that_training_packs_is_read(tmp_path, codec):
+    rate = 48000 if codec == "opus" else RATE
+    samples = (np.sin(np.arange(rate) * 2 * np.pi * 440 / rate) * 8000).astype(np.int16)
+    written = samples / 32768 if codec == "float.wav" else samples
+    waveform, found = read_audio(write_audio(tmp_path / "x", written, codec, rate))
+    assert found == rate
+    assert waveform.dtype == np.float32
+    assert waveform.shape == (rate,)
+    tolerance = 2 / 32768 if codec in EXACT else 0.03
+    np.testing.assert_allclose(waveform[500:-500], samples[500:-500] / 32768, atol=tolerance)
+
+
+def test_pcm_comes_back_to_the_sample(tmp_path):
+    samples = noise(RATE)
+    waveform, _ = read_audio(write_audio(tmp_path / "x.flac", samples))
+    np.testing.assert_array_equal(waveform, samples.astype(np.float32) / 32768)
+
+
+def test_another_rate_is_resampled_as_in_training(tmp_path):
+    samples = noise(22050)
+    waveform, rate = read_audio(write_audio(tmp_path / "x.wav", samples, "wav", 22050), RATE)
+    assert rate == RATE
+    np.testing.assert_array_equal(waveform, resample(samples.astype(np.float32) / 32768, 22050, RATE))
+
+
+def test_channels_are_averaged(tmp_path):
+    samples = noise(RATE, channels=2)
+    waveform, _ = read_audio(write_audio(tmp_path / "x.wav", samples, "wav"))
+    np.testing.assert_allclose(waveform, samples.mean(axis=1) / 32768, atol=1e-7)
+
+
+def test_what_is_louder_than_full_scale_is_scaled_down_as_a_whole(tmp_path):
+    samples = 4 * noise(RATE) / 32768
+    waveform, _ = read_audio(write_audio(tmp_path / "x.wav", samples, "float.wav"))
+    assert np.abs(waveform).max() <= 1
+    assert np.corrcoef(waveform, samples)[0, 1] > 0.999999
+
+
+@pytest.mark.parametrize("name", sorted(bad_files().keys() - {"one_sample.wav"}))
+def test_a_file_that_can_not_be_read_is_named_with_its_reason(tmp_path, name):
+    content, reason = bad_files()[name]
+    reason = "too_long" if name == "claims_a_year.flac" else reason
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.*{reason}"):
+        read_audio(tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match="absent.wav.*No such file"):
+        read_audio(tmp_path / "absent.wav")
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    (tmp_path / "x.wav").write_bytes(encode(noise(RATE), "flac"))
+    assert len(read_audio(tmp_path / "x.wav")[0]) == RATE

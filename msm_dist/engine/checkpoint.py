@@ -14,10 +14,8 @@ ordered by `engine.saving`.
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +25,38 @@ import safetensors.torch
 import torch
 
 from msm_dist.engine import state
+from msm_dist.engine.stored import (
+    COMPLETE,
+    FORMAT,
+    Saved,
+    checkpoint_name,
+    digest,
+    folders,
+    is_complete,
+    newest_complete,
+    open_checkpoint,
+    verify_file,
+)
 from msm_dist.engine.world import World
 from msm_dist.errors import CheckpointError
 from msm_dist.files import sync, write_durably
 
-FORMAT = 1
-COMPLETE = "complete"
+__all__ = [
+    "Saved",
+    "checkpoint_name",
+    "copy_state",
+    "is_complete",
+    "load",
+    "newest_complete",
+    "open_checkpoint",
+    "rotate",
+    "save",
+    "write",
+]
+
 PARTIAL = ".partial"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    meta: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Updates done when it was saved."""
-        return self.meta["step"]
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
 
 
 def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, extra: dict[str, Any], world: World) -> Path:
@@ -110,50 +113,12 @@ def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
 
     def verify() -> None:
         for name in list(saved.meta["files"])[world.rank :: world.size]:
-            _verify_file(saved.folder / name, saved.meta["files"][name])
+            verify_file(saved.folder / name, saved.meta["files"][name])
 
     world.together(verify, CheckpointError)
     # No collective in here: a rank that can't read must not leave the others waiting in one.
     world.together(lambda: _load_state(engine, saved), CheckpointError)
     state.refresh_weights(engine)
-
-
-def newest_complete(root: Path) -> Saved | None:
-    """The newest checkpoint that is whole; torn ones are named in a warning and skipped."""
-    for folder in reversed(_folders(root)):
-        try:
-            return open_checkpoint(folder)
-        except CheckpointError as error:
-            log.warning("skipped %s", error)
-    return None
-
-
-def open_checkpoint(folder: Path) -> Saved:
-    """Read and check a checkpoint's meta.json. Raises CheckpointError when it is torn or of another format."""
-    try:
-        text = (folder / "meta.json").read_bytes()
-        marker = (folder / COMPLETE).read_text(encoding="utf-8").strip()
-        if marker != hashlib.sha256(text).hexdigest():
-            raise CheckpointError(f"{folder}: meta.json is not the one that was completed; use an older checkpoint")
-        meta = json.loads(text)
-        if meta["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {meta['format']}, this version reads {FORMAT}")
-        for name, entry in meta["files"].items():
-            size = (folder / name).stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{folder / name}: {size} bytes, {entry['bytes']} were written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: incomplete ({error!r}); use an older checkpoint") from None
-    return Saved(folder, meta)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a whole checkpoint."""
-    try:
-        open_checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def rotate(root: Path, keep: int, keep_every: int) -> None:
@@ -164,9 +129,9 @@ def rotate(root: Path, keep: int, keep_every: int) -> None:
     """
     for folder in root.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
-    folders = _folders(root)
-    whole = [folder for folder in folders if is_complete(folder)]
-    for folder in folders:
+    found = folders(root)
+    whole = [folder for folder in found if is_complete(folder)]
+    for folder in found:
         step = int(folder.name.removeprefix("step-"))
         if folder not in whole[-keep:] and not (folder in whole and keep_every and step % keep_every == 0):
             try:
@@ -175,11 +140,6 @@ def rotate(root: Path, keep: int, keep_every: int) -> None:
             except OSError as error:
                 raise CheckpointError(f"{folder}: can't be deleted ({error.strerror}); give write access") from None
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folders(root: Path) -> list[Path]:
-    """The checkpoints of a run, whole or torn, by step."""
-    return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8}", folder.name))
 
 
 def _owners(shapes: Mapping[str, torch.Size], size: int) -> dict[str, int]:
@@ -235,7 +195,7 @@ def _write_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
         # safetensors lets nobody else read its files; the folder's mode says who may.
         path.chmod(path.parent.stat().st_mode & 0o666)
         sync(path)
-        return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        return {"bytes": path.stat().st_size, "sha256": digest(path)}
     except (OSError, safetensors.SafetensorError) as error:
         raise _cannot_write(path, error) from None
 
@@ -253,24 +213,6 @@ def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
         sync(folder.parent)
     except OSError as error:
         raise _cannot_write(folder, error) from None
-
-
-def _verify_file(path: Path, entry: dict[str, Any]) -> None:
-    try:
-        digest = _digest(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: can't be read ({error.strerror}); remove its folder to use the one before"
-        ) from None
-    if digest != entry["sha256"]:
-        raise CheckpointError(
-            f"{path}: its bytes are not those that were saved; remove its folder to use the one before"
-        )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, data: bytes) -> None:

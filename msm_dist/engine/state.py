@@ -21,9 +21,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-MASTER = "param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-PARTS = (MASTER, *MOMENTS)
+from msm_dist.engine.stored import MASTER, PARTS
+
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

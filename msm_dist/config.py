@@ -7,11 +7,11 @@ processes is checked by `batch_layout`, what depends on the corpus by `msm_dist.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,7 @@ from msm_dist.errors import ConfigError
 REPORTED_AT_ONCE = 40
 PROFILED_AT_MOST = 100
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Geometry(NamedTuple):
@@ -368,16 +369,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(values, source=str(path))
 
 
+def read_settings(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain values of a YAML file, if any, with `a.b=c` overrides on top. Raises ConfigError."""
+    values = {} if path is None else _read_yaml(Path(path), seen=())
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Build a Config from plain values, all faults in one ConfigError that names `source`."""
+    return validated(Config, values, source, _conflicts)
+
+
+def validated(
+    kind: type[Settings], values: dict[str, Any], source: str, conflicts: Callable[[Settings], Iterable[str]]
+) -> Settings:
+    """Settings of a kind from plain values, all faults and conflicts in one ConfigError that names `source`."""
     try:
-        cfg = Config.model_validate(values)
+        settings = kind.model_validate(values)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors()]
+        faults = [_describe(fault, kind) for fault in error.errors()]
         raise ConfigError(_report(source, faults)) from None
-    if faults := list(_conflicts(cfg)):
+    if faults := list(conflicts(settings)):
         raise ConfigError(_report(source, faults))
-    return cfg
+    return settings
 
 
 def dump_config(cfg: Config) -> str:
@@ -459,9 +475,7 @@ def _conflicts(cfg: Config) -> Iterable[str]:
             f"train.global_batch = {cfg.train.global_batch}: must be a multiple of train.micro_batch = {micro}; "
             f"choose {batch} or {batch + micro}"
         )
-    yield from _exclusive(cfg.train, "train", "steps", "epochs", required=True)
-    yield from _exclusive(cfg.optim, "optim", "base_lr", "lr")
-    yield from _exclusive(cfg.optim, "optim", "warmup_steps", "warmup_epochs")
+    yield from length_conflicts(cfg.train, cfg.optim)
     if cfg.train.profile is not None and not re.fullmatch(r"\d+:\d+", cfg.train.profile):
         yield f"train.profile = {cfg.train.profile!r}: must be START:STOP in steps, such as 20:25"
     elif cfg.profiled_steps is not None and not 0 < cfg.profiled_steps[0] < cfg.profiled_steps[1]:
@@ -471,13 +485,20 @@ def _conflicts(cfg: Config) -> Iterable[str]:
             f"train.profile = {cfg.train.profile}: at most {PROFILED_AT_MOST} steps, whose ops are all kept in memory; "
             f"ten tell as much: {cfg.profiled_steps[0]}:{cfg.profiled_steps[0] + 10}"
         )
-    steps, warmup = cfg.train.steps, cfg.optim.warmup_steps
+    yield from engine_conflicts(cfg.engine, cfg.train.precision)
+
+
+def length_conflicts(train: BaseModel, optim: BaseModel) -> Iterable[str]:
+    """What is wrong with steps or epochs, warm-up, and learning rate: of each exactly, or at most, one may be given."""
+    yield from _exclusive(train, "train", "steps", "epochs", required=True)
+    yield from _exclusive(optim, "optim", "base_lr", "lr")
+    yield from _exclusive(optim, "optim", "warmup_steps", "warmup_epochs")
+    steps, warmup = train.steps, optim.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         yield f"optim.warmup_steps = {warmup}: must be below train.steps = {steps}; optim.warmup_steps=0 goes without"
-    epochs, warmup_epochs = cfg.train.epochs, cfg.optim.warmup_epochs
+    epochs, warmup_epochs = train.epochs, optim.warmup_epochs
     if epochs is not None and warmup_epochs is not None and warmup_epochs >= epochs:
         yield f"optim.warmup_epochs = {warmup_epochs}: must be below train.epochs = {epochs}"
-    yield from _engine_conflicts(cfg)
 
 
 def _geometry_conflicts(model: Model) -> Iterable[str]:
@@ -504,8 +525,8 @@ def _geometry_conflicts(model: Model) -> Iterable[str]:
             yield f"model.{prefix}embed_dim = {width}: must be a multiple of 4 for the 2-D position table"
 
 
-def _engine_conflicts(cfg: Config) -> Iterable[str]:
-    engine = cfg.engine
+def engine_conflicts(engine: Engine, precision: str) -> Iterable[str]:
+    """What of the engine's settings contradicts another one, or can't be done."""
     # Earlier versions have recorded both beside the file, at their defaults.
     both = {"zero_stage", "offload"}
     recorded = both <= engine.model_fields_set and engine == Engine(**engine.model_dump(exclude=both))
@@ -517,7 +538,7 @@ def _engine_conflicts(cfg: Config) -> Iterable[str]:
             )
     if engine.deepspeed:
         return
-    yield from stage_conflicts(engine.zero_stage, engine.offload, cfg.train.precision)
+    yield from stage_conflicts(engine.zero_stage, engine.offload, precision)
 
 
 def stage_conflicts(stage: int, offload: str, precision: str) -> Iterable[str]:
@@ -546,16 +567,16 @@ def _exclusive(part: BaseModel, section: str, one: str, other: str, required: bo
         yield f"{section}.{one} is missing: give {section}.{one} or {section}.{other}"
 
 
-def _describe(fault: Any) -> str:
+def _describe(fault: Any, kind: type[BaseModel]) -> str:
     """One line for one fault found by pydantic: field, value, rule, remedy."""
     names = [str(part) for part in fault["loc"]]
     # A union reports each of its members; their type names are no fields.
     names = [name for name in names if name not in {"str", "list[str]", "int", "float"}]
     field = ".".join(names)
     if fault["type"] == "extra_forbidden":
-        known = _known_names(names[:-1])
+        known = _known_names(kind, names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        elsewhere = [n for n in _all_names() if n.split(".")[-1] == names[-1]]
+        elsewhere = [n for n in _all_names(kind) if n.split(".")[-1] == names[-1]]
         if near:
             hint = f"did you mean {'.'.join([*names[:-1], near[0]])}?"
         elif elsewhere:
@@ -569,8 +590,8 @@ def _describe(fault: Any) -> str:
     return f"{field} = {fault['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _known_names(path: Sequence[str]) -> list[str]:
-    model: Any = Config
+def _known_names(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    model: Any = kind
     for name in path:
         field = model.model_fields.get(name)
         model = field.annotation if field else None
@@ -579,8 +600,8 @@ def _known_names(path: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _all_names() -> list[str]:
-    return [f"{section}.{name}" for section in Config.model_fields for name in _known_names([section])]
+def _all_names(kind: type[BaseModel]) -> list[str]:
+    return [f"{section}.{name}" for section in kind.model_fields for name in _known_names(kind, [section])]
 
 
 def _report(source: str, faults: Sequence[str]) -> str:

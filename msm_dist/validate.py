@@ -32,11 +32,10 @@ from msm_dist.engine.world import World
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import Output
-from msm_dist.model.patches import PatchGrid, patchify, unpatchify
 from msm_dist.pictures import Picture, make_picture
+from msm_dist.references import mel_mean_patches, nearest_patches, normalized_patches, visible_mean_patches
 from msm_kernels.masked_loss import masked_patch_loss
 from msm_kernels.patch_masking import Masking
-from msm_kernels.reference import select_rows
 
 log = logging.getLogger(__name__)
 
@@ -232,53 +231,15 @@ class Validation:
             "reference_nearest_patch": nearest_patches(target, masking, model.patch),
         }
         if model.normalize_targets:
-            predictions = {name: _normalized(patches) for name, patches in predictions.items()}
+            predictions = {name: normalized_patches(patches) for name, patches in predictions.items()}
         errors = {name: error_of(patches, target).item() for name, patches in predictions.items()}
         return errors | {"other_target": float(other_target), "other_loss": float(not is_loss)}
-
-
-def mel_mean_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], mel_mean: Tensor) -> Tensor:
-    """Predict `mel_mean` [F], normalised like the spectrogram [B, 1, F, T], everywhere: [B, M, ph * pw]."""
-    predicted = mel_mean.to(spectrogram.dtype)[None, None, :, None].expand_as(spectrogram)
-    return select_rows(patchify(predicted, patch_size), masking.ids_masked)
-
-
-def visible_mean_patches(
-    spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int], mel_mean: Tensor
-) -> Tensor:
-    """Predict a band's mean over visible patches of the clip, else `mel_mean` [F]: [B, M, ph * pw]."""
-    batch, num_patches = masking.ids_restore.shape
-    seen = spectrogram.new_zeros(batch, num_patches).scatter(1, masking.ids_keep, 1.0)
-    grid = PatchGrid(*spectrogram.shape[2:], patch_size)
-    seen = unpatchify(seen.unsqueeze(-1).expand(-1, -1, grid.patch_pixels), grid)  # [B, 1, F, T]
-    count = seen.sum(dim=-1, keepdim=True)
-    mean = (spectrogram * seen).sum(dim=-1, keepdim=True) / count.clamp_min(1)
-    predicted = mean.where(count > 0, mel_mean.to(spectrogram.dtype)[None, None, :, None])
-    return select_rows(patchify(predicted.expand_as(spectrogram), patch_size), masking.ids_masked)
-
-
-def nearest_patches(spectrogram: Tensor, masking: Masking, patch_size: tuple[int, int]) -> Tensor:
-    """Predict the nearest visible patch on the grid, ties to the lower index: [B, M, ph * pw]."""
-    rows, columns = PatchGrid(*spectrogram.shape[2:], patch_size).shape
-    index = torch.arange(rows * columns, device=spectrogram.device)
-    row, column = index // columns, index % columns
-    distance = (row[:, None] - row).square() + (column[:, None] - column).square()  # [L, L], squared
-    # argmin promises nothing about ties: every candidate gets a rank of its own.
-    rank = distance * len(index) + index
-    to_visible = rank[masking.ids_masked[:, :, None], masking.ids_keep[:, None, :]]  # [B, M, K]
-    nearest = masking.ids_keep.gather(1, to_visible.argmin(dim=-1))
-    return select_rows(patchify(spectrogram, patch_size), nearest)
 
 
 def _target(output: Output, spectrogram: Tensor) -> Tensor:
     """What the model predicts patches of: [B, 1, F, T]."""
     target = getattr(output, "target", None)
     return spectrogram if target is None else target
-
-
-def _normalized(patches: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(patches, dim=-1, correction=1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def _sample_ids(num_clips: int) -> np.ndarray:

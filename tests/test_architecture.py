@@ -16,7 +16,7 @@ LAYERS = (
     {"config"},
     {"data", "features", "kernels"},
     {"model"},
-    {"engine", "monitor", "pictures", "profile_summary", "profiling"},
+    {"engine", "monitor", "pictures", "profile_summary", "profiling", "references"},
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
     | {"allocation", "extension", "guard", "initial", "costs", "memory", "sweep"}
     | {"jobs", "traces", "runs", "corpus_report"},

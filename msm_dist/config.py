@@ -396,8 +396,8 @@ def validated(
     return settings
 
 
-def dump_config(cfg: Config) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal Config."""
+def dump_config(cfg: BaseModel) -> str:
+    """The resolved configuration as YAML; `load_config` reads a Config back to an equal one."""
     # A DeepSpeed file of one's own decides these two; beside it they are refused.
     decided = {"engine": {"zero_stage", "offload"}} if cfg.engine.deepspeed else None
     return yaml.safe_dump(cfg.model_dump(mode="json", exclude=decided), sort_keys=False)

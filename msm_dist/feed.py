@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from msm_dist.config import BatchLayout, Data
 from msm_dist.corpus import Corpus
@@ -30,7 +31,8 @@ class GivenUp(Exception):
 class Feed:
     """A rank's batches, read one step ahead: a rank that will be without data says so in time for all to stop."""
 
-    def __init__(self, batches: Iterator[Batch], accumulation: int, num_steps: int, interruption: Interruption) -> None:
+    def __init__(self, batches: Iterator[Any], accumulation: int, num_steps: int, interruption: Interruption) -> None:
+        """Read `accumulation` micro-batches, of whatever kind, for each of `num_steps` steps."""
         self._batches = batches
         self._accumulation = accumulation
         self._unread_steps = num_steps
@@ -38,7 +40,7 @@ class Feed:
         self._fault: DataError | None = None
         self._ahead = self._read()
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[Any]:
         """The next step's micro-batches; reads those of the step after it."""
         batches, self._ahead = self._ahead, self._read()
         return batches
@@ -48,7 +50,7 @@ class Feed:
         if self._fault:
             raise self._fault
 
-    def _read(self) -> list[Batch]:
+    def _read(self) -> list[Any]:
         # What is read now would be trained on after the step that ends with the agreement to stop.
         if self._fault or not self._unread_steps or self._interruption.heard:
             return []

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msm_dist.config import BatchLayout, Data, Features
 from msm_dist.data.crops import CropReader, Source, no_crop
@@ -170,12 +170,20 @@ def make_loader(
     pipeline = webdataset.DataPipeline(
         partial(_micro_batches, layout, rank, start_step), partial(_read, source), _faults_as_items
     )
-    if data.num_workers == 0:
-        return Loader(iter(pipeline), [], [], while_late)
+    return start_loader(pipeline, data.num_workers, while_late)
+
+
+def start_loader(batches: IterableDataset, num_workers: int, while_late: Callable[[], None] = lambda: None) -> Loader:
+    """Read `batches`, an MsmError among which stands for a fault, in so many processes, or in this one (0).
+
+    Each process yields every num_workers-th batch, from its own number on.
+    """
+    if num_workers == 0:
+        return Loader(iter(batches), [], [], while_late)
     loader = DataLoader(
-        pipeline,
+        batches,
         batch_size=None,
-        num_workers=data.num_workers,
+        num_workers=num_workers,
         prefetch_factor=PREFETCHED_BATCHES,
         timeout=LATE_SECONDS,
         pin_memory=torch.cuda.is_available(),
@@ -184,11 +192,11 @@ def make_loader(
     )
     processes, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     with _undisturbed_start():
-        batches = iter(loader)
+        received = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in processes]
     # Those that feed the workers and, where there is a GPU, one that pins memory.
     helpers = [thread for thread in threading.enumerate() if thread not in threads]
-    return Loader(batches, workers, helpers, while_late)
+    return Loader(received, workers, helpers, while_late)
 
 
 def trace_records(batch: Batch, step: int, ids_keep: np.ndarray | None = None) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """AdamW's parameter groups and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +24,15 @@ def build_optimizer(
     model: nn.Module, betas: tuple[float, float], weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW over `model`; its learning rate is set before every step."""
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=device.type == "cuda")
+    return adamw(parameter_groups(model, weight_decay), betas, device)
+
+
+def adamw(groups: Sequence[dict[str, Any]], betas: tuple[float, float], device: torch.device) -> torch.optim.AdamW:
+    """AdamW over groups of parameters on `device`; a group's `lr_scale`, if it has one, multiplies its learning rate.
+
+    The learning rate is set before every step (`engine.zero.set_lr`).
+    """
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=1e-8, fused=device.type == "cuda")
 
 
 def lr_at(step: int, peak: float, warmup_steps: float, total_steps: int) -> float:

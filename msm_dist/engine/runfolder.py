@@ -17,13 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from msm_dist.config import Config, dump_config, flat_settings
+from msm_dist.config import dump_config, flat_settings
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.files import write_atomically
 
@@ -60,7 +61,6 @@ MAY_CHANGE = (
     "checkpoint.",
     "engine.",
 )
-_DEFAULTS = flat_settings(Config().model_dump(mode="json"))
 
 
 @contextlib.contextmanager
@@ -95,24 +95,25 @@ def refuse_if_taken(folder: Path) -> None:
         raise CheckpointError(_taken(folder, owner))
 
 
-def compare_config(folder: Path, cfg: Config) -> None:
+def compare_config(folder: Path, cfg: BaseModel, may_change: Sequence[str] = MAY_CHANGE) -> None:
     """Raise ConfigError for a configuration that differs from the recorded one where it may not.
 
-    A setting that the recorded one lacks, as the run began with an earlier version, has its default. Of two mixes the
-    weights are left to `compare_plan`, which knows what they come to. A length below the one reached is refused where
-    the step is known.
+    A setting that the recorded one lacks, as the run began with an earlier version, has its default; `may_change` are
+    settings, or beginnings of their names. Of two mixes the weights are left to `compare_plan`, which knows what they
+    come to. A length below the one reached is refused where the step is known.
     """
     path = folder / "config.yaml"
     if path.exists():
         try:
-            recorded = _DEFAULTS | flat_settings(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            defaults = flat_settings(type(cfg).model_construct().model_dump(mode="json"))
+            recorded = defaults | flat_settings(dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, yaml.YAMLError):
             raise ConfigError(f"{path}: can't be read as settings; restore it, or choose another run.name=") from None
         wanted = flat_settings(cfg.model_dump(mode="json"))
         differences = [
             f"  {name}: {recorded.get(name)!r} in {path}, {wanted.get(name)!r} now"
             for name in dict.fromkeys([*recorded, *wanted])
-            if recorded.get(name) != wanted.get(name) and not name.startswith(MAY_CHANGE)
+            if recorded.get(name) != wanted.get(name) and not name.startswith(tuple(may_change))
             if not (name == "data.mix" and recorded[name] and wanted[name])
         ]
         if differences:
@@ -150,7 +151,7 @@ def compare_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
 
 
-def record_start(folder: Path, cfg: Config, plan: dict[str, Any]) -> None:
+def record_start(folder: Path, cfg: BaseModel, plan: dict[str, Any]) -> None:
     """Write what `compare_config` and `compare_plan` compare with; to be called once the run is known to work."""
     write_atomically(folder / "config.yaml", dump_config(cfg))
     write_atomically(folder / "plan.json", json.dumps(plan, indent=1))

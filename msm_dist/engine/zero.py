@@ -7,9 +7,9 @@ clipping have one home, the YAML; a DeepSpeed file that contradicts them is a Co
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import deepspeed
 import msm_configs
@@ -19,16 +19,32 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import nn
 
-from msm_dist.config import BatchLayout, Config, flat_items, merged, stage_conflicts
+from msm_dist.config import BatchLayout, Engine, Optim, flat_items, merged, stage_conflicts
 from msm_dist.engine.compilation import explaining_compiler, prepare_blocks
-from msm_dist.engine.optim import build_optimizer
+from msm_dist.engine.optim import adamw, parameter_groups
 from msm_dist.engine.state import link_optimizer_state, was_refused
 from msm_dist.errors import ConfigError
 
 OFFLOADS = {"offload_param": "parameters", "offload_optimizer": "optimizer"}
 
 
-def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
+class Batches(Protocol):
+    """Sizes of batches, and the arithmetic."""
+
+    global_batch: int
+    micro_batch: int
+    precision: Literal["fp32", "bf16", "fp16"]
+
+
+class EngineSettings(Protocol):
+    """What an engine is made by: these sections of a configuration, of pre-training or of fine-tuning."""
+
+    optim: Optim
+    train: Batches
+    engine: Engine
+
+
+def deepspeed_config(cfg: EngineSettings, layout: BatchLayout) -> dict[str, Any]:
     """DeepSpeed's configuration for a run. Raises ConfigError for a file that can't be used."""
     if cfg.engine.deepspeed:
         path = Path(cfg.engine.deepspeed)
@@ -75,13 +91,23 @@ def deepspeed_config(cfg: Config, layout: BatchLayout) -> dict[str, Any]:
     return merged(values, owned) | {"steps_per_print": None}
 
 
-def build_engine(model: nn.Module, cfg: Config, layout: BatchLayout, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    """`model` under DeepSpeed with AdamW; same parameters whatever the world size."""
+def build_engine(
+    model: nn.Module,
+    cfg: EngineSettings,
+    layout: BatchLayout,
+    device: torch.device,
+    groups: Sequence[dict[str, Any]] | None = None,
+) -> deepspeed.DeepSpeedEngine:
+    """`model` under DeepSpeed with AdamW; same parameters whatever the world size.
+
+    `groups` of its parameters (engine.optim), else weights with decay and 1-D tensors without.
+    """
     check_precision(cfg.train.precision, device)
     values = deepspeed_config(cfg, layout)
     stage = values["zero_optimization"]["stage"]
     prepare_blocks(model, cfg.engine.compile)
-    optimizer = build_optimizer(model.to(device), cfg.optim.betas, cfg.optim.weight_decay, device)
+    model.to(device)
+    optimizer = adamw(groups or parameter_groups(model, cfg.optim.weight_decay), cfg.optim.betas, device)
     if stage == 0:
         optimizer.register_step_pre_hook(_clip_or_refuse(cfg.optim.clip_norm))
     try:
@@ -105,9 +131,14 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-@explaining_compiler()
 def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> None:
-    """One whole step on made-up input, so that memory runs out now or never. The caller sets the state afterwards.
+    """`rehearse` the masked autoencoder on made-up input."""
+    rehearse(engine, lambda: engine(spectrogram, sample_ids=sample_ids).loss)
+
+
+@explaining_compiler()
+def rehearse(engine: deepspeed.DeepSpeedEngine, forward: Callable[[], torch.Tensor]) -> None:
+    """One whole step on a loss of made-up input, so that memory runs out now or never; the caller sets the state after.
 
     A whole accumulation cycle with its update: less would leave gradients or counters behind. In fp16 cycles are
     repeated until the loss scale is small enough for an update.
@@ -116,7 +147,7 @@ def dry_run(engine: deepspeed.DeepSpeedEngine, spectrogram: torch.Tensor, sample
     while skipped < engine.skipped_steps and not was_refused(engine):
         skipped = engine.skipped_steps
         for _ in range(engine.gradient_accumulation_steps()):
-            engine.backward(engine(spectrogram, sample_ids=sample_ids).loss)
+            engine.backward(forward())
             engine.step()
     if was_refused(engine):
         error = ConfigError(
@@ -153,9 +184,9 @@ def describe_engine(engine: deepspeed.DeepSpeedEngine) -> str:
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
-    """Learning rate of the next update."""
+    """Learning rate of the next update, of each group by its scale."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer, Any, Any], None]:

@@ -254,8 +254,8 @@ def test_another_decoder_leaves_the_encoder():
     "change, message",
     [
         (lambda s: s.pop("pos_embed"), "pos_embed is missing"),
-        (lambda s: s.pop("blocks.1.attn.q_bias"), "missing: encoder.blocks.1.attn.qkv.q_bias"),
-        (lambda s: s.update({"head.weight": torch.zeros(2)}), "unknown: head.weight"),
+        (lambda s: s.pop("blocks.1.attn.q_bias"), r"encoder is not whole:\n  missing  blocks.1.attn.q_bias \[192\]"),
+        (lambda s: s.update({"head.weight": torch.zeros(2)}), "unused   head.weight"),
         (lambda s: s["pos_embed"].mul_(1.01), "not the fixed 2-D table"),
         (lambda s: s.update({"blocks.4.norm1.bias": torch.zeros(192)}), "no published geometry"),
     ],

@@ -1,49 +1,44 @@
-"""Trained weights on disk: our own format, and conversion from and to published MSM-MAE checkpoints.
+"""Trained weights on disk, in our own format; model/published.py converts published MSM-MAE checkpoints.
 
-Our format is a folder with model.safetensors (float32, the parameters by name) and config.json (everything
-needed to rebuild the model and its front end: geometry, features, mean and std). Nothing is unpickled. A
-published checkpoint is a pickle, read by torch's weights-only loader with argparse.Namespace allowed.
-Everything that doesn't fit raises CheckpointError.
+A folder with model.safetensors (float32, the parameters by name) and config.json (everything needed to rebuild the
+model and its front end: geometry, features, mean and std). Nothing is unpickled. Everything that doesn't fit raises
+CheckpointError.
 """
 
 import json
 import os
-from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msm_dist.config import MODEL_SIZES, Features, Model
-from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.config import Features, Model
+from msm_dist.errors import CheckpointError
 from msm_dist.model.mae import MaskedSpectrogramModel
-from msm_dist.model.patches import PatchGrid, sincos_1d, sincos_2d
+from msm_dist.model.published import from_published, read_published, to_published
+from msm_dist.model.tensors import built, differences, some
+
+__all__ = [
+    "WeightsInfo",
+    "differences",
+    "from_published",
+    "load",
+    "read",
+    "read_published",
+    "save",
+    "some",
+    "to_published",
+    "weights_folder",
+]
 
 FORMAT = "msm-dist weights"
 VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-TABLE_TOLERANCE = 1e-4  # between float32 tables computed in different orders
-NAMES_SHOWN = 4
-
-# Our prefixes beside the published ones; a block's own names differ in the two biases only.
-PUBLISHED_PREFIXES = {
-    "encoder.cls_token": "cls_token",
-    "encoder.patch_embed.": "patch_embed.proj.",
-    "encoder.blocks.": "blocks.",
-    "encoder.norm.": "norm.",
-    "decoder.mask_token": "mask_token",
-    "decoder.embed.": "decoder_embed.",
-    "decoder.blocks.": "decoder_blocks.",
-    "decoder.norm.": "decoder_norm.",
-    "decoder.pred.": "decoder_pred.",
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def load(path: str | Path) -> tuple[MaskedSpectrogramModel, WeightsInfo]:
     """
     state, info = read(path)
     source = str(weights_folder(path))
-    model = _build(info.model, info.features.n_mels, info.crop_frames, source)
+    model = built(info.model, info.features.n_mels, info.crop_frames, source)
     _check_names(state, model.state_dict(), source=f"{source}/{WEIGHTS_FILE}")
     model.load_state_dict(state)
     return model, info
@@ -128,175 +123,15 @@ def weights_folder(path: str | Path) -> Path:
         return folder / "export"
     if (folder / "config.yaml").is_file():
         raise CheckpointError(
-            f"{folder}: a run without exported weights, which it writes when it finishes; start it again to finish it"
+            f"{folder}: a run without exported weights, which it writes when it finishes; start it again to finish it, "
+            f"or take those of its newest checkpoint: msm-dist weights export {folder}"
+        )
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder}: a file; weights are a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, which `msm-dist weights "
+            "import` makes of a published checkpoint"
         )
     return folder
-
-
-def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a published checkpoint file, bare or under "model". Raises CheckpointError."""
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{path}: not a checkpoint that can be loaded without running its code ({reason})"
-        ) from None
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds no state_dict of tensors, bare or under 'model'")
-    return state
-
-
-def from_published(source: Mapping[str, Tensor] | str | Path, encoder_only: bool = False) -> MaskedSpectrogramModel:
-    """A model with the weights of a published checkpoint, its geometry inferred from the tensors.
-
-    Both generations: query and value biases with a 1-D decoder table, full biases with a 2-D one. Tables are
-    compared with ours, not read. `encoder_only` leaves the decoder freshly initialised, for files whose
-    decoder is another one. mask_ratio and normalize_targets are not in such files: they take their defaults.
-    Keeps the dtype of the tensors. Raises CheckpointError.
-    """
-    state = dict(read_published(source) if isinstance(source, str | Path) else source)
-    label = str(source) if isinstance(source, str | Path) else "published state_dict"
-    try:
-        config, grid = _published_geometry(state, encoder_only, label)
-    except KeyError as error:
-        raise CheckpointError(f"{label}: tensor {error.args[0]} is missing; not a published MSM-MAE") from None
-    model = _build(config, grid.n_mels, grid.frames, source=label).to(state["patch_embed.proj.weight"].dtype)
-    own = model.state_dict()
-    converted = {_our_name(name): value for name, value in state.items() if name not in _NOT_PARAMETERS}
-    if encoder_only:
-        converted = {name: value for name, value in converted.items() if name.startswith("encoder.")}
-        converted |= {name: value for name, value in own.items() if name.startswith("decoder.")}
-    name = "encoder.patch_embed.weight"
-    converted[name] = converted[name].flatten(1)
-    _check_names(converted, own, source=label)
-    model.load_state_dict(converted)
-    return model
-
-
-def to_published(model: MaskedSpectrogramModel) -> dict[str, Tensor]:
-    """The state_dict of a model under published names, tables included; the inverse of `from_published`."""
-    state = {_published_name(name): value for name, value in model.state_dict().items()}
-    weight = state["patch_embed.proj.weight"]
-    state["patch_embed.proj.weight"] = weight.reshape(-1, 1, *model.grid.patch)
-    state["pos_embed"] = model.encoder.positions().unsqueeze(0)
-    state["decoder_pos_embed"] = model.decoder.positions().unsqueeze(0)
-    return state
-
-
-def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """How tensors differ in names and shapes from those expected, in one line; empty where they don't."""
-    wrong = [
-        f"{name} {list(state[name].shape)} (expected {list(expected[name].shape)})"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    faults = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [name for name in state if name not in expected],
-        "wrong shape": wrong,
-    }
-    return "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-_NOT_PARAMETERS = ("pos_embed", "decoder_pos_embed", "norm_stats")
-
-
-def _our_name(published: str) -> str:
-    for ours, theirs in PUBLISHED_PREFIXES.items():
-        if published.startswith(theirs):
-            name = ours + published.removeprefix(theirs)
-            return name.replace(".attn.q_bias", ".attn.qkv.q_bias").replace(".attn.v_bias", ".attn.qkv.v_bias")
-    return published
-
-
-def _published_name(ours: str) -> str:
-    prefix = next(prefix for prefix in PUBLISHED_PREFIXES if ours.startswith(prefix))
-    name = PUBLISHED_PREFIXES[prefix] + ours.removeprefix(prefix)
-    return name.replace(".qkv.q_bias", ".q_bias").replace(".qkv.v_bias", ".v_bias")
-
-
-def _published_geometry(state: Mapping[str, Tensor], encoder_only: bool, source: str) -> tuple[Model, PatchGrid]:
-    """The configuration and grid behind the tensors. Raises KeyError for a missing one, CheckpointError."""
-    width, _, *patch = state["patch_embed.proj.weight"].shape
-    num_prefix = int("cls_token" in state)
-    grid = _published_grid(state["pos_embed"][0], num_prefix, (patch[0], patch[1]))
-    if not _equal(state["pos_embed"][0], sincos_2d(grid, width, num_prefix)):
-        raise CheckpointError(f"{source}: pos_embed is not the fixed 2-D table of {grid}")
-    encoder = _heads(width, _num_blocks(state, "blocks."), decoder=False, source=source)
-    values = dict(zip(("embed_dim", "depth", "num_heads"), encoder, strict=True))
-    if not encoder_only:
-        values |= _published_decoder(state, grid, num_prefix, source)
-    config = Model(
-        patch_size=f"{patch[0]}x{patch[1]}",
-        cls_token=bool(num_prefix),
-        key_bias="blocks.0.attn.qkv.bias" in state,
-        **values,
-    )
-    return config, grid
-
-
-def _published_decoder(state: Mapping[str, Tensor], grid: PatchGrid, num_prefix: int, source: str) -> dict[str, Any]:
-    width = state["decoder_embed.weight"].shape[0]
-    table = state["decoder_pos_embed"][0]
-    tables = {"1d": sincos_1d(grid.num_patches, width, num_prefix), "2d": sincos_2d(grid, width, num_prefix)}
-    positions = next((name for name, ours in tables.items() if _equal(table, ours)), None)
-    if positions is None:
-        raise CheckpointError(
-            f"{source}: decoder_pos_embed is neither the 1-D nor the 2-D table; take the encoder alone with "
-            "encoder_only=True"
-        )
-    _, depth, heads = _heads(width, _num_blocks(state, "decoder_blocks."), decoder=True, source=source)
-    return {
-        "decoder_embed_dim": width,
-        "decoder_depth": depth,
-        "decoder_num_heads": heads,
-        "decoder_positions": positions,
-    }
-
-
-def _published_grid(table: Tensor, num_prefix: int, patch: tuple[int, int]) -> PatchGrid:
-    """The grid behind a table [P + L, D]: the time half of a row repeats after Tg patches."""
-    time = table[num_prefix:, : table.shape[1] // 2]
-    repeats = (time - time[0]).abs().amax(dim=1)[1:] < TABLE_TOLERANCE
-    columns = int(repeats.nonzero()[0]) + 1 if repeats.any() else len(time)
-    return PatchGrid(len(time) // columns * patch[0], columns * patch[1], patch)
-
-
-def _heads(width: int, depth: int, decoder: bool, source: str) -> tuple[int, int, int]:
-    """Width, depth, heads; the heads leave no trace in the tensors and come from the named sizes."""
-    for size in MODEL_SIZES.values():
-        known = size[3:] if decoder else size[:3]
-        if known[:2] == (width, depth):
-            return known
-    part = "decoder" if decoder else "encoder"
-    raise CheckpointError(
-        f"{source}: {part} of width {width} with {depth} blocks is no published geometry, so its number of "
-        f"heads is not known; known: {', '.join(MODEL_SIZES)}"
-    )
-
-
-def _num_blocks(state: Iterable[str], prefix: str) -> int:
-    return len({name.split(".")[1] for name in state if name.startswith(prefix)})
-
-
-def _equal(table: Tensor, ours: Tensor) -> bool:
-    return table.shape == ours.shape and bool((table.double() - ours).abs().max() < TABLE_TOLERANCE)
-
-
-def _build(model: Model, n_mels: int, crop_frames: int, source: str) -> MaskedSpectrogramModel:
-    try:
-        return MaskedSpectrogramModel(model, n_mels, crop_frames)
-    except ConfigError as error:
-        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

@@ -1,0 +1,337 @@
+"""Published MSM-MAE checkpoints: their layout to our models and back.
+
+In: a file (a pickle, read by torch's weights-only loader with argparse.Namespace allowed: none of its code runs), or
+its state_dict. Out: a model whose geometry is inferred from the tensors alone, and what became of every tensor. Two
+generations exist: the paper's has query and value biases and a 1-D decoder table, the later re-run's has full biases,
+a 2-D decoder table and `norm_stats`. Position tables are compared with ours, not read. Everything that doesn't fit
+raises CheckpointError.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msm_dist.config import MODEL_SIZES, Model
+from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.patches import PatchGrid, sincos_1d, sincos_2d
+from msm_dist.model.tensors import built
+
+TABLE_TOLERANCE = 1e-4  # between float32 tables computed in different orders
+TABLES = ("pos_embed", "decoder_pos_embed")
+STATISTICS = "norm_stats"
+DECODER = ("decoder_", "mask_token")
+# What torch raises for files of other kinds, damaged files, and pickles that would run something.
+UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+NO_CLS_NOTE = (
+    "trained without a CLS token: the published decoder then drops the first visible token and shifts the others, so "
+    "this decoder learnt from misplaced tokens; ours keeps every token at its place, and will reconstruct worse with "
+    "these decoder weights than the training loss says. The encoder is as it was trained"
+)
+
+# Our prefixes beside the published ones; a block's own names differ in the two biases only.
+PREFIXES = {
+    "encoder.cls_token": "cls_token",
+    "encoder.patch_embed.": "patch_embed.proj.",
+    "encoder.blocks.": "blocks.",
+    "encoder.norm.": "norm.",
+    "decoder.mask_token": "mask_token",
+    "decoder.embed.": "decoder_embed.",
+    "decoder.blocks.": "decoder_blocks.",
+    "decoder.norm.": "decoder_norm.",
+    "decoder.pred.": "decoder_pred.",
+}
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """What a published file holds."""
+
+    state: dict[str, Tensor]
+    beside: tuple[str, ...]
+    """Names of its other entries, such as optimizer and args; none of them is used."""
+    epoch: int | None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model with published weights, and what became of the tensors, by their published names."""
+
+    model: MaskedSpectrogramModel
+    unused: tuple[str, ...]
+    """Tensors of the file that the model did not take."""
+    missing: tuple[str, ...]
+    """Parameters that the model has no value for: those of the decoder or none. They keep their initial values."""
+    notes: tuple[str, ...]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the decoder's weights are the file's."""
+        return not self.missing
+
+
+def read_file(path: str | Path) -> PublishedFile:
+    """Read a published checkpoint, its state_dict bare or under "model". Raises CheckpointError."""
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path}: not a checkpoint that can be loaded without running its code ({reason})"
+        ) from None
+    wrapped = isinstance(content, dict) and "model" in content
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise CheckpointError(f"{path}: holds no state_dict of tensors, bare or under 'model'")
+    state = dict(state)
+    beside = [str(name) for name in content if name != "model"] if wrapped else []
+    if wrapped and isinstance(content.get(STATISTICS), Tensor):
+        # Where `write_file` puts them for the generation whose state_dict has no place for them.
+        state.setdefault(STATISTICS, content[STATISTICS])
+        beside.remove(STATISTICS)
+    epoch = content.get("epoch") if wrapped else None
+    return PublishedFile(state, tuple(beside), epoch if type(epoch) is int else None)
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """The state_dict in a published checkpoint file. Raises CheckpointError."""
+    return read_file(path).state
+
+
+def from_published(source: Mapping[str, Tensor] | str | Path, encoder_only: bool = False) -> MaskedSpectrogramModel:
+    """A model with the weights of a published checkpoint; every tensor must have its place (see `convert`).
+
+    mask_ratio and normalize_targets are not in such files: they take their defaults. Keeps the dtype of the tensors.
+    Raises CheckpointError.
+    """
+    if isinstance(source, str | Path):
+        return convert(read_published(source), encoder_only, label=str(source)).model
+    return convert(source, encoder_only).model
+
+
+def convert(
+    state: Mapping[str, Tensor], encoder_only: bool = False, strict: bool = True, label: str = "published state_dict"
+) -> Conversion:
+    """A model with these weights, and a report. The encoder is taken whole, or CheckpointError.
+
+    strict: the decoder too, and nothing may be left over. Else what has no place is left out, and a decoder that is not
+    whole keeps its initial values as a whole. `encoder_only` leaves the decoder out, for files with another one.
+    """
+    try:
+        values, grid = _encoder_settings(state, label)
+        try:
+            values |= {} if encoder_only else _decoder_settings(state, grid, values["cls_token"], label)
+        except (KeyError, CheckpointError):
+            if strict:
+                raise
+            encoder_only = True
+    except KeyError as error:
+        raise CheckpointError(f"{label}: tensor {error.args[0]} is missing; not a published MSM-MAE") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{label}: {error}") from None
+    model = built(Model(**values), grid.n_mels, grid.frames, label).to(state["patch_embed.proj.weight"].dtype)
+    expected = to_published(model)
+    fits = {name: value for name, value in expected.items() if name in state and value.shape == state[name].shape}
+    faults = _faults(state, expected, [name for name in expected if not _in_decoder(name)])
+    if faults:
+        raise CheckpointError(f"{label}: its encoder is not whole:\n{faults}")
+    known = [name for name in state if name in expected or name == STATISTICS]
+    of_decoder = [name for name in {**expected, **state} if _in_decoder(name)]
+    if strict and not encoder_only:
+        faults = _faults(state, expected, [name for name in expected if _in_decoder(name)])
+    left_over = [name for name in state if name not in known and not (encoder_only and _in_decoder(name))]
+    if strict and (faults or left_over):
+        lines = [*([faults] if faults else []), *(f"  unused   {name}" for name in left_over)]
+        raise CheckpointError(
+            f"{label}: not all of it has a place in the model that its tensors describe (--no-strict leaves out what "
+            "has none, --encoder-only the decoder):\n" + "\n".join(lines)
+        )
+    takes_decoder = not encoder_only and all(name in fits for name in expected)
+    taken = [name for name in fits if takes_decoder or not _in_decoder(name)]
+    _take(model, state, [name for name in taken if name not in TABLES], label)
+    missing = () if takes_decoder else tuple(n for n in of_decoder if n in expected and n not in TABLES)
+    unused = tuple(name for name in state if name not in taken and name != STATISTICS)
+    notes = (NO_CLS_NOTE,) if takes_decoder and not values["cls_token"] else ()
+    return Conversion(model, unused, missing, notes)
+
+
+def to_published(model: MaskedSpectrogramModel) -> dict[str, Tensor]:
+    """The state_dict of a model under published names, tables included; the inverse of `from_published`."""
+    state = {_published_name(name): value for name, value in model.state_dict().items()}
+    weight = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = weight.reshape(-1, 1, *model.grid.patch)
+    state["pos_embed"] = model.encoder.positions().unsqueeze(0)
+    state["decoder_pos_embed"] = model.decoder.positions().unsqueeze(0)
+    return state
+
+
+def write_file(model: MaskedSpectrogramModel, mean: float, std: float, path: Path) -> None:
+    """Write a model in the published layout, there whole or not at all. Raises OSError.
+
+    `norm_stats` lies among the tensors where keys have a bias, as in that generation, and else beside them, where
+    readers of the paper's layout overlook it and `read_file` finds it.
+    """
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in to_published(model).items()}
+    statistics = {STATISTICS: torch.tensor([mean, std], dtype=torch.float64)}
+    content = {"model": state | statistics} if model.config.key_bias else {"model": state} | statistics
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def statistics_of(state: Mapping[str, Tensor], label: str = "published state_dict") -> tuple[float, float] | None:
+    """Mean and deviation that the training normalised with, where the file has them. Raises CheckpointError."""
+    if STATISTICS not in state:
+        return None
+    values = state[STATISTICS].flatten()
+    # By their digits: a float32 of -7.1 is meant as -7.1, not as -7.099999904632568.
+    numbers = [float(str(value)) for value in (values if values.dtype == torch.float64 else values.float()).numpy()]
+    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
+        raise CheckpointError(
+            f"{label}: {STATISTICS} is {numbers[:4]}: must be a mean and a deviation above 0; give --mean and --std"
+        )
+    return numbers[0], numbers[1]
+
+
+def _take(model: MaskedSpectrogramModel, state: Mapping[str, Tensor], names: Iterable[str], label: str) -> None:
+    """Lay tensors into a model. Raises CheckpointError for values that are no weights."""
+    names = list(names)
+    if wrong := [n for n in names if not state[n].is_floating_point() or not state[n].isfinite().all()]:
+        raise CheckpointError(f"{label}: not finite floating-point numbers:\n" + "\n".join(f"  {n}" for n in wrong))
+    own = model.state_dict()
+    for name in names:
+        ours = _our_name(name)
+        own[ours] = state[name].reshape(own[ours].shape).to(own[ours].dtype)
+    model.load_state_dict(own)
+
+
+def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """A line for every one of `names` that the file lacks or has in another shape; empty where there is none."""
+    lines = []
+    for name in names:
+        if name not in state:
+            lines.append(f"  missing  {name} {list(expected[name].shape)}")
+        elif state[name].shape != expected[name].shape:
+            lines.append(f"  shape    {name} {list(state[name].shape)}, expected {list(expected[name].shape)}")
+    return "\n".join(lines)
+
+
+def _in_decoder(published: str) -> bool:
+    return published.startswith(DECODER)
+
+
+def _our_name(published: str) -> str:
+    ours, theirs = next((o, t) for o, t in PREFIXES.items() if published.startswith(t))
+    name = ours + published.removeprefix(theirs)
+    return name.replace(".attn.q_bias", ".attn.qkv.q_bias").replace(".attn.v_bias", ".attn.qkv.v_bias")
+
+
+def _published_name(ours: str) -> str:
+    prefix = next(prefix for prefix in PREFIXES if ours.startswith(prefix))
+    name = PREFIXES[prefix] + ours.removeprefix(prefix)
+    return name.replace(".qkv.q_bias", ".q_bias").replace(".qkv.v_bias", ".v_bias")
+
+
+def _encoder_settings(state: Mapping[str, Tensor], label: str) -> tuple[dict[str, Any], PatchGrid]:
+    """Settings of the encoder and the grid behind the tensors. Raises KeyError for a missing one, CheckpointError."""
+    projection, table = state["patch_embed.proj.weight"], state["pos_embed"]
+    if projection.ndim != 4 or projection.shape[1] != 1:
+        raise CheckpointError(
+            f"{label}: patch_embed.proj.weight is {list(projection.shape)}: an MSM-MAE has one input channel, "
+            "[width, 1, bands, frames]; a model of images is none"
+        )
+    width, _, height, frames = projection.shape
+    num_prefix = int("cls_token" in state)
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] <= num_prefix or table.shape[2] != width:
+        raise CheckpointError(f"{label}: pos_embed is {list(table.shape)}: must be [1, patches + CLS, {width}]")
+    grid = _grid(table[0], num_prefix, (height, frames))
+    if not _equal(table[0], sincos_2d(grid, width, num_prefix)):
+        raise CheckpointError(f"{label}: pos_embed is not the fixed 2-D table of {grid}")
+    encoder = _heads(width, _num_blocks(state, "blocks."), decoder=False, label=label)
+    values = dict(zip(("embed_dim", "depth", "num_heads"), encoder, strict=True))
+    settings = {"patch_size": f"{height}x{frames}", "cls_token": bool(num_prefix)}
+    return values | settings | {"key_bias": "blocks.0.attn.qkv.bias" in state}, grid
+
+
+def _decoder_settings(state: Mapping[str, Tensor], grid: PatchGrid, cls_token: bool, label: str) -> dict[str, Any]:
+    """Settings of the decoder. Raises KeyError for a missing tensor, CheckpointError."""
+    embed, table = state["decoder_embed.weight"], state["decoder_pos_embed"]
+    width = embed.shape[0] if embed.ndim == 2 else 0
+    rows = int(cls_token) + grid.num_patches
+    if list(table.shape) != [1, rows, width]:
+        raise CheckpointError(f"{label}: decoder_pos_embed is {list(table.shape)}: must be [1, {rows}, {width}]")
+    tables = {
+        "1d": sincos_1d(grid.num_patches, width, int(cls_token)),
+        "2d": sincos_2d(grid, width, int(cls_token)),
+    }
+    positions = next((name for name, ours in tables.items() if _equal(table[0], ours)), None)
+    if positions is None:
+        raise CheckpointError(
+            f"{label}: decoder_pos_embed is neither the 1-D nor the 2-D table; take the encoder alone with "
+            "encoder_only=True (--encoder-only)"
+        )
+    _, depth, heads = _heads(width, _num_blocks(state, "decoder_blocks."), decoder=True, label=label)
+    return {
+        "decoder_embed_dim": width,
+        "decoder_depth": depth,
+        "decoder_num_heads": heads,
+        "decoder_positions": positions,
+    }
+
+
+def _grid(table: Tensor, num_prefix: int, patch: tuple[int, int]) -> PatchGrid:
+    """The grid behind a table [P + L, D]: the time half of a row repeats after Tg patches."""
+    time = table[num_prefix:, : table.shape[1] // 2].double()
+    repeats = (time - time[0]).abs().amax(dim=1)[1:] < _tolerance(table)
+    columns = int(repeats.nonzero()[0]) + 1 if repeats.any() else len(time)
+    return PatchGrid(len(time) // columns * patch[0], columns * patch[1], patch)
+
+
+def _heads(width: int, depth: int, decoder: bool, label: str) -> tuple[int, int, int]:
+    """Width, depth, heads; the heads leave no trace in the tensors and come from the named sizes."""
+    for size in MODEL_SIZES.values():
+        known = size[3:] if decoder else size[:3]
+        if known[:2] == (width, depth):
+            return known
+    part = "decoder" if decoder else "encoder"
+    raise CheckpointError(
+        f"{label}: {part} of width {width} with {depth} blocks is no published geometry, so its number of "
+        f"heads is not known; known: {', '.join(MODEL_SIZES)}"
+    )
+
+
+def _num_blocks(state: Iterable[str], prefix: str) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith(prefix)})
+
+
+def _equal(table: Tensor, ours: Tensor) -> bool:
+    return table.shape == ours.shape and bool((table.double() - ours).abs().max() < _tolerance(table))
+
+
+def _tolerance(table: Tensor) -> float:
+    """How far a table may be from ours: in half precision, its rounding."""
+    return max(TABLE_TOLERANCE, torch.finfo(table.dtype).eps) if table.is_floating_point() else TABLE_TOLERANCE

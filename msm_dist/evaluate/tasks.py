@@ -20,7 +20,7 @@ from msm_dist.data.storage import is_remote
 from msm_dist.errors import DataError
 from msm_dist.evaluate.hear_folder import METADATA_NAME, read_hear_folder
 from msm_dist.evaluate.recipes import RECIPES, Row, read_csv, recipe_rows
-from msm_dist.evaluate.recordings import read_audio, unreadable, within_full_scale
+from msm_dist.evaluate.recordings import read_audio, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def clip_waveform(clip: TaskClip, sample_rate: int) -> np.ndarray:
     try:
         with open(clip.path, "rb") as file:
             file.seek(offset)
-            return within_full_scale(decode(file.read(size), sample_rate))
+            return decode(file.read(size), sample_rate)
     except (BadClip, OSError) as error:
         raise unreadable(f"{clip.path}: {printable(clip.key)}", error) from None
 

@@ -10,7 +10,12 @@ from safetensors.torch import load_file, save_file
 from msm_dist.config import Features, Model
 from msm_dist.errors import CheckpointError
 from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.patches import PatchGrid
+from msm_dist.model.published import convert, read_file, statistics_of, write_file
 from msm_dist.model.weights import WeightsInfo, from_published, load, read_published, save, to_published
+from msm_kernels.patch_masking import masking_from_keep
+from msm_kernels.reference import select_rows
+from tests.published import PAPER, RERUN, TINY, random_state
 
 FEATURES = Features(mean=-7.1, std=4.2)
 
@@ -198,6 +203,161 @@ def test_published_names_and_shapes_are_those_of_the_checkpoints():
     }
 
 
+@pytest.mark.parametrize("generation", [PAPER, RERUN])
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize(
+    ("frames", "patch"), [(208, (16, 16)), (96, (16, 8)), (96, (8, 16)), (304, (80, 4)), (96, (80, 2)), (608, (16, 16))]
+)
+def test_published_state_comes_back_identical(frames, patch, generation, cls_token):
+    state = random_state(frames, patch, generation, TINY, cls_token)
+    conversion = convert(state)
+    assert (conversion.unused, conversion.missing) == ((), ())
+    assert conversion.model.grid == PatchGrid(80, frames, patch)
+    assert conversion.model.config.key_bias == (generation == RERUN)
+    assert conversion.model.config.decoder_positions == ("1d" if generation == PAPER else "2d")
+    back = to_published(conversion.model)
+    assert back.keys() == state.keys() - {"norm_stats"}
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+@pytest.mark.parametrize("generation", [PAPER, RERUN])
+def test_published_file_comes_back_identical_through_our_files(tmp_path, generation):
+    state = random_state(208, (16, 16), generation, TINY)
+    model = from_published(state)
+    folder = save(tmp_path / "ours", model.state_dict(), WeightsInfo(model.config, FEATURES, 208))
+    loaded, _ = load(folder)
+    write_file(loaded, -7.1, 4.2, tmp_path / "back.pth")
+    back = read_file(tmp_path / "back.pth")
+    assert back.beside == ()
+    assert back.state.keys() == state.keys() | {"norm_stats"}
+    assert all(torch.equal(back.state[name], state[name]) for name in state if name != "norm_stats")
+    content = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert content["model"].keys() == state.keys()  # what a strict reader of that generation expects
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_statistics_of_a_file_are_read_by_their_digits(dtype):
+    stored = torch.tensor([-7.1, 4.2], dtype=dtype)
+    mean, std = statistics_of({"norm_stats": stored})
+    assert (mean, std) == pytest.approx(stored.tolist(), rel=1e-6)
+    if dtype.itemsize >= 4:
+        assert (mean, std) == (-7.1, 4.2)
+    assert statistics_of({}) is None
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1.0, -1.0], [float("nan"), 1.0], [1.0, 2.0, 3.0]])
+def test_statistics_that_are_none_are_refused(values):
+    with pytest.raises(CheckpointError, match="norm_stats is"):
+        statistics_of({"norm_stats": torch.tensor(values)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_convert(dtype):
+    state = {name: value.to(dtype) for name, value in random_state(208, (16, 16), PAPER, TINY).items()}
+    model = from_published(state)
+    assert model.encoder.norm.weight.dtype == dtype
+    assert torch.equal(model.encoder.norm.weight, state["norm.weight"])
+
+
+def test_lenient_conversion_leaves_out_what_has_no_place_and_says_all_of_it():
+    state = random_state(208, (16, 16), PAPER, TINY)
+    state |= {f"head.{number}": torch.zeros(2) for number in range(9)}
+    conversion = convert(state, strict=False)
+    assert conversion.unused == tuple(f"head.{number}" for number in range(9))
+    assert conversion.missing == ()
+    assert torch.equal(conversion.model.decoder.mask_token, state["mask_token"])
+    with pytest.raises(CheckpointError) as raised:
+        convert(state)
+    assert all(f"unused   head.{number}" in str(raised.value) for number in range(9))
+
+
+@pytest.mark.parametrize("lacks", ["decoder_embed.weight", "decoder_norm.bias", "decoder_pos_embed"])
+def test_lenient_conversion_takes_a_decoder_whole_or_not_at_all(lacks):
+    state = random_state(208, (16, 16), PAPER, TINY)
+    del state[lacks]
+    with pytest.raises(CheckpointError, match=lacks):
+        convert(state)
+    conversion = convert(state, strict=False)
+    fresh = MaskedSpectrogramModel(conversion.model.config, 80, 208)
+    assert_equal_states(conversion.model.decoder.state_dict(), fresh.decoder.state_dict())
+    decoder = {name for name in state if name.startswith(("decoder_", "mask_token"))}
+    assert set(conversion.unused) == decoder
+    if lacks == "decoder_norm.bias":  # else its geometry is not known, and the decoder is one of the usual size
+        assert set(conversion.missing) == (decoder | {lacks}) - {"decoder_pos_embed"}
+    assert not conversion.has_decoder
+    assert torch.equal(conversion.model.encoder.norm.weight, state["norm.weight"])
+
+
+def test_encoder_that_is_not_whole_is_never_taken():
+    state = random_state(208, (16, 16), PAPER, TINY)
+    del state["blocks.2.norm1.bias"], state["blocks.3.attn.v_bias"]
+    state["norm.weight"] = torch.ones(7)
+    with pytest.raises(CheckpointError) as raised:
+        convert(state, strict=False)
+    for line in (
+        "missing  blocks.2.norm1.bias [192]",
+        "missing  blocks.3.attn.v_bias [192]",
+        "shape    norm.weight [7], expected [192]",
+    ):
+        assert line in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = random_state(208, (16, 16), PAPER, TINY)
+    state["blocks.2.norm1.bias"][3] = float("nan")
+    state["norm.bias"] = torch.zeros(192, dtype=torch.int64)
+    with pytest.raises(CheckpointError, match="not finite floating-point numbers:\n  blocks.2.norm1.bias\n  norm.bias"):
+        convert(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("patch_embed.proj.weight", (192, 3, 16, 16), "a model of images is none"),
+        ("patch_embed.proj.weight", (192, 256), "one input channel"),
+        ("pos_embed", (1, 66, 96), "pos_embed is"),
+        ("pos_embed", (66, 192), "pos_embed is"),
+        ("pos_embed", (1, 1, 192), "pos_embed is"),
+        ("decoder_pos_embed", (1, 65, 96), "decoder_pos_embed is"),
+        ("decoder_embed.weight", (7,), "decoder_pos_embed is"),
+    ],
+)
+def test_tensors_of_other_models_are_named(name, shape, message):
+    state = random_state(208, (16, 16), PAPER, TINY) | {name: torch.zeros(shape)}
+    with pytest.raises(CheckpointError, match=message):
+        convert(state)
+
+
+def as_the_original_arranges(latent, masking, model):
+    """What the published decoder does without CLS: the first visible token dropped, the others a place too early."""
+    x = model.decoder.embed(latent)
+    hidden = model.decoder.mask_token.expand(len(x), masking.ids_masked.shape[1] + 1, -1)
+    x = select_rows(torch.cat([x[:, 1:], hidden], dim=1), masking.ids_restore) + model.decoder.positions()
+    for block in model.decoder.blocks:
+        x = block(x)
+    return model.decoder.pred(model.decoder.norm(select_rows(x, masking.ids_masked)))
+
+
+def test_model_without_cls_says_and_does_not_share_the_originals_flaw():
+    conversion = convert(random_state(208, (16, 16), PAPER, TINY, cls_token=False))
+    model = conversion.model
+    (note,) = conversion.notes
+    assert "drops the first visible token and shifts the others" in note
+    masking = masking_from_keep(torch.arange(0, 64, 4)[None], 65)
+    spectrogram = torch.randn(1, 1, 80, 208, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        latent = model.encoder(spectrogram, masking)
+        flawed, ours = as_the_original_arranges(latent, masking, model), model.decoder(latent, masking)
+        # A visible token counts where it stands: the first one for ours, in the original for nothing.
+        changed = torch.cat([latent[:, :1] + 1, latent[:, 1:]], dim=1)
+        assert torch.equal(as_the_original_arranges(changed, masking, model), flawed)
+        assert not torch.allclose(model.decoder(changed, masking), ours, atol=1e-2)
+    assert (flawed - ours).norm() > 0.01 * ours.norm()
+    assert convert(random_state(208, (16, 16), PAPER, TINY)).notes == ()
+    assert convert(random_state(208, (16, 16), PAPER, TINY, cls_token=False), encoder_only=True).notes == ()
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_published_file_is_read_without_running_its_code(tmp_path, wrapped):
     model = random_model(key_bias=True)
@@ -206,6 +366,8 @@ def test_a_published_file_is_read_without_running_its_code(tmp_path, wrapped):
     torch.save({"model": state, "epoch": 99, "args": args} if wrapped else state, tmp_path / "p.pth")
     assert read_published(tmp_path / "p.pth")["norm_stats"].tolist() == pytest.approx([-7.1, 4.2])
     assert_equal_states(from_published(tmp_path / "p.pth").state_dict(), model.state_dict())
+    file = read_file(tmp_path / "p.pth")
+    assert (file.beside, file.epoch) == ((("epoch", "args"), 99) if wrapped else ((), None))
 
 
 class Trap:
@@ -224,7 +386,34 @@ def test_code_in_a_published_file_is_refused(tmp_path):
     for name in ("trap.pth", "plain.pth"):
         with pytest.raises(CheckpointError, match="without running its code"):
             read_published(tmp_path / name)
+        with pytest.raises(CheckpointError, match="without running its code"):
+            from_published(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_the_trap_would_spring(tmp_path):
+    torch.save({"model": {}, "args": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert (tmp_path / "sprung").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_files_are_one_error(tmp_path):
+    torch.save({"model": to_published(random_model())}, tmp_path / "p.pth")
+    whole = (tmp_path / "p.pth").read_bytes()
+    torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "p.pth", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "p.pth").read_bytes()
+    # Cut off, another kind of file, a pickle's opcodes changed.
+    for content in (
+        b"",
+        whole[:1000],
+        whole[:-50],
+        b"RIFF" * 99,
+        *(old[:n] + b"\x00" + old[n + 1 :] for n in range(150)),
+    ):
+        (tmp_path / "p.pth").write_bytes(content)
+        with pytest.raises(CheckpointError, match="p.pth"):
+            from_published(tmp_path / "p.pth")
 
 
 @pytest.mark.parametrize("content", [{"model": [1, 2]}, {"model": {"a": 1}}, [1]])

@@ -8,6 +8,7 @@ raises CheckpointError.
 """
 
 import math
+import struct
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ TABLES = ("pos_embed", "decoder_pos_embed")
 STATISTICS = "norm_stats"
 DECODER = ("decoder_", "mask_token")
 # What torch raises for files of other kinds, damaged files, and pickles that would run something.
-UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (
+    *(OSError, RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, MemoryError, struct.error),
+)
 NO_CLS_NOTE = (
     "trained without a CLS token: the published decoder then drops the first visible token and shifts the others, so "
     "this decoder learnt from misplaced tokens; ours keeps every token at its place, and will reconstruct worse with "
@@ -82,16 +86,7 @@ def read_file(path: str | Path) -> PublishedFile:
     try:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{path}: not a checkpoint that can be loaded without running its code ({reason})"

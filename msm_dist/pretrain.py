@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -318,7 +317,7 @@ def build(
     world.on_main(lambda: compare_config(folder, cfg))
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
-    saved = world.on_main(lambda: newest_checkpoint(folder / "checkpoints", corpus.total_steps, layout))
+    saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", corpus.total_steps, layout))
     if cfg.data.verify == "digest":
         access = access_of(cfg.data)
         world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)
@@ -381,27 +380,6 @@ def build(
         saved.meta["bad_samples"] if saved and world.is_main else 0,
         saved.meta["missing_samples"] if saved and world.is_main else 0,
     )
-
-
-def newest_checkpoint(root: Path, total_steps: int, layout: BatchLayout) -> checkpoint.Saved | None:
-    """Where the run goes on. Raises ConfigError when that is past its end."""
-    saved = checkpoint.newest_complete(root)
-    if saved is None and (torn := [path.name for path in root.glob("step-*") if path.suffix != checkpoint.PARTIAL]):
-        raise CheckpointError(
-            f"{root}: holds {', '.join(sorted(torn))}, but no whole checkpoint; bring one back, or remove the folder "
-            "to start the run from step 0"
-        )
-    if saved and saved.meta["cursor"] != saved.step * layout.blocks_per_step:
-        raise CheckpointError(
-            f"{saved.folder}: its cursor {saved.meta['cursor']} is not that of step {saved.step} with "
-            f"{layout.blocks_per_step} blocks a step; remove it to go on from the one before"
-        )
-    if saved and saved.step > total_steps:
-        raise ConfigError(
-            f"train.steps: the run is {total_steps} steps long, its checkpoint {saved.folder} is at step {saved.step}; "
-            "ask for more steps, or start a new run with run.name=NAME"
-        )
-    return saved
 
 
 def main(arguments: Sequence[str], build_model: BuildModel = configured_model) -> int:

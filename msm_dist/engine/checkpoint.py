@@ -24,6 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from msm_dist.config import BatchLayout
 from msm_dist.engine import state
 from msm_dist.engine.stored import (
     COMPLETE,
@@ -38,7 +39,7 @@ from msm_dist.engine.stored import (
     verify_file,
 )
 from msm_dist.engine.world import World
-from msm_dist.errors import CheckpointError
+from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.files import sync, write_durably
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "is_complete",
     "load",
     "newest_complete",
+    "newest_of_run",
     "open_checkpoint",
     "rotate",
     "save",
@@ -119,6 +121,27 @@ def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
     # No collective in here: a rank that can't read must not leave the others waiting in one.
     world.together(lambda: _load_state(engine, saved), CheckpointError)
     state.refresh_weights(engine)
+
+
+def newest_of_run(root: Path, total_steps: int, layout: BatchLayout) -> Saved | None:
+    """Where the run goes on. Raises ConfigError when that is past its end."""
+    saved = newest_complete(root)
+    if saved is None and (torn := [path.name for path in root.glob("step-*") if path.suffix != PARTIAL]):
+        raise CheckpointError(
+            f"{root}: holds {', '.join(sorted(torn))}, but no whole checkpoint; bring one back, or remove the folder "
+            "to start the run from step 0"
+        )
+    if saved and saved.meta["cursor"] != saved.step * layout.blocks_per_step:
+        raise CheckpointError(
+            f"{saved.folder}: its cursor {saved.meta['cursor']} is not that of step {saved.step} with "
+            f"{layout.blocks_per_step} blocks a step; remove it to go on from the one before"
+        )
+    if saved and saved.step > total_steps:
+        raise ConfigError(
+            f"train.steps: the run is {total_steps} steps long, its checkpoint {saved.folder} is at step {saved.step}; "
+            "ask for more steps, or start a new run with run.name=NAME"
+        )
+    return saved
 
 
 def rotate(root: Path, keep: int, keep_every: int) -> None:

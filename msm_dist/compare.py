@@ -40,6 +40,7 @@ EXECUTION = (
     "train.trace",
     "checkpoint.",
     "engine.",
+    "probe.",
 )
 
 

@@ -278,6 +278,17 @@ class Engine(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_at
     """How long a collective may wait for a rank before the run ends."""
 
 
+class Probe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
+    """Scores of the encoder on labelled clips of your own while it is trained; they change nothing of the training."""
+
+    every: int = Field(0, ge=0)
+    """Steps between probes, with one more at the end; 0: none."""
+    data: str | list[str] | None = None
+    """Labelled clips: a HEAR task folder, a CSV of file,label,split (or fold), or a list of them."""
+    clips: int = Field(1000, ge=4, le=5000)
+    """Clips of each of them that are used, as far as they go, drawn with a fixed key; of each the first 10 s."""
+
+
 class Config(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """A whole run."""
 
@@ -299,6 +310,8 @@ class Config(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_at
     """Saving."""
     engine: Engine = Engine()
     """DeepSpeed."""
+    probe: Probe = Probe()
+    """Scores on labelled clips."""
 
     @property
     def num_patches(self) -> int:
@@ -485,6 +498,8 @@ def _conflicts(cfg: Config) -> Iterable[str]:
             f"train.profile = {cfg.train.profile}: at most {PROFILED_AT_MOST} steps, whose ops are all kept in memory; "
             f"ten tell as much: {cfg.profiled_steps[0]}:{cfg.profiled_steps[0] + 10}"
         )
+    if cfg.probe.every and not cfg.probe.data:
+        yield f"probe.every = {cfg.probe.every}: needs labelled clips, probe.data=FOLDER; probe.every=0 goes without"
     yield from engine_conflicts(cfg.engine, cfg.train.precision)
 
 

@@ -29,6 +29,7 @@ REFERENCES = {
     "reference_visible_mean": "visible mean per band",
     "reference_nearest_patch": "nearest visible patch",
 }
+BASELINES = {"random_weights": "random weights", "logmel": "log-mel statistics"}
 
 
 class Monitor:
@@ -70,6 +71,18 @@ class Monitor:
         against = f"  (against: {', '.join(beside)})" if beside else ""
         self._print(step, [f"valid loss {values['valid_loss']:.4f}{against}"])
 
+    def probe(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scores of the online probe: SCORE/TASK, and those of its baselines as SCORE_BASELINE/TASK."""
+        if not self.writes:
+            return
+        self._record("probe", step, values, "probe/")
+        for name, value in values.items():
+            score, _, task = name.partition("/")
+            if "_" in score:
+                continue
+            beside = [f"{label} {values[f'{score}_{kind}/{task}']:.3f}" for kind, label in BASELINES.items()]
+            self._print(step, [f"probe {task}: {score} {value:.3f}  (against: {', '.join(beside)})"])
+
     def pictures(self, step: int, pictures: Sequence[Picture]) -> Path | None:
         """Add pictures and sounds to TensorBoard; returns the PNG with all of them."""
         if not self.writes or not pictures:
@@ -97,9 +110,10 @@ class Monitor:
             self._lines.close()
             self._board.close()
 
-    def _record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def _record(self, kind: str, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         with _reporting(self.folder / "metrics.jsonl"):
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            line = {"step": step} | {prefix + name: value for name, value in values.items()}
+            self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)

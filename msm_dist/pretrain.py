@@ -34,6 +34,7 @@ from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_
 from msm_dist.engine.zero import build_engine, describe_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.evaluate.online import OnlineProbe
 from msm_dist.extension import BuildModel, configured_model
 from msm_dist.features import LogMel, normalize
 from msm_dist.feed import feeding, tracing
@@ -61,6 +62,7 @@ class Training:
     engine: deepspeed.DeepSpeedEngine
     front_end: LogMel
     validation: Validation | None
+    probe: OnlineProbe | None
     monitor: monitor.Monitor
     saver: Saver
     interruption: preempt.Interruption
@@ -139,6 +141,8 @@ def train(run: Training) -> int:
             with watch.paused(), part("outside"):
                 if last or run.step % cfg.train.valid_every == 0:
                     validate(run)
+                if last or (cfg.probe.every and run.step % cfg.probe.every == 0):
+                    probe(run)
                 if last or (cfg.train.pictures_every and run.step % cfg.train.pictures_every == 0):
                     draw(run)
                 if last or run.step % cfg.checkpoint.every == 0:
@@ -254,6 +258,12 @@ def validate(run: Training) -> None:
     run.monitor.valid(run.step, values)
 
 
+def probe(run: Training) -> None:
+    """Scores of the encoder on labelled clips, beside the two baselines. A collective."""
+    if run.probe is not None:
+        run.monitor.probe(run.step, run.probe.scores(state.full_weights(run.engine)))
+
+
 def draw(run: Training) -> None:
     """Pictures and sounds of a few held-out clips. A collective."""
     if run.validation is None:
@@ -350,6 +360,13 @@ def build(
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
     validation = world.together(lambda: Validation.open(cfg, corpus, front_end, world), DataError)
+    if cfg.probe.every and not is_configured:
+        error = ConfigError("probe.every: the probe needs the model that model.* describes; probe.every=0 goes without")
+        error.on_all_ranks = True
+        raise error
+    about = WeightsInfo(cfg.model, corpus.features, cfg.data.crop_frames)
+    online = world.together(lambda: OnlineProbe.open(cfg.probe, about, cfg.seed, world), DataError)
+    notes += [online.describe()] if online else []
     metrics = world.together(lambda: monitor.Monitor(folder, step, corpus.total_steps, world.is_main), CheckpointError)
     saver = Saver(folder / "checkpoints", cfg.checkpoint, world, cfg.engine.timeout_minutes)
     world.on_main(lambda: extension.record_builder(folder, build_model))
@@ -371,6 +388,7 @@ def build(
         engine,
         front_end,
         validation,
+        online,
         metrics,
         saver,
         interruption,

@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.profile",
     "checkpoint.",
     "engine.",
+    "probe.",
 )
 
 

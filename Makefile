@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL     take torch from this wheel index (a CPU build, another CUDA)
 #   PYTEST_ARGS=...     passed to pytest
 #   BENCH_ARGS=...      passed to the benchmarks: --minutes 2, --out FOLDER
+#   HEAR_MODEL=runs/x   the weights that test-hear runs the HEAR tools on: a run or an export
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,9 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+HEAR_PYTHON ?= python3.11
+HEAR_VENV ?= build/hear/venv
+HEAR_MODEL ?= $(patsubst %/model.safetensors,%,$(wildcard runs/quickstart/export/model.safetensors))
 # With VENV=0: the packages that a target needs; empty is all of setup.py.
 NEEDS :=
 
@@ -42,7 +46,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-slurm test-aot test-engine test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
+.PHONY: help setup pretrain test test-slurm test-aot test-engine test-hear test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -90,6 +94,15 @@ test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, re
 	export OMP_NUM_THREADS=1 SLURM_LAB_NAME=msm$$(cksum <<< "$$PWD" | cut -c 1-6); \
 	trap 'for more in "" t s; do SLURM_LAB_NAME=$$SLURM_LAB_NAME$$more bash tests/cluster/slurm-up.sh down; done' EXIT; \
 	$(PY) -m pytest -m slurm $(PYTEST_ARGS)
+
+# The tools are of 2021: their environment (1.7 GB, kept) is made once, with Python 3.11. docs/hear.md: the full task set.
+test-hear: ready ## run the real hear-validator and hear-eval-kit over tiny tasks, in an environment of their own
+	@$(HEAR_PYTHON) -c '' 2>/dev/null || { \
+	  echo "test-hear: $(HEAR_PYTHON) is not there; the HEAR tools run on Python 3.11: HEAR_PYTHON=..."; exit 2; }
+	@$(HEAR_PYTHON) -m tools.hear_env --venv $(HEAR_VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@echo "test-hear: weights: $(or $(HEAR_MODEL),random; make pretrain gives trained ones)"
+	HEAR_VENV=$(abspath $(HEAR_VENV)) HEAR_MODEL=$(HEAR_MODEL) OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -m hear tests/test_hear_real.py $(PYTEST_ARGS)
 
 # Without deepspeed the tests of the engine are left out and named; `bench` says that plain AdamW took its place.
 test-gpu: NEEDS := torch torchaudio numpy triton pydantic pyyaml safetensors pytest pytest-timeout hypothesis

@@ -39,7 +39,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this machine can't run, and remember it for the summary."""
     left_out: dict[str, list[str]] = defaultdict(list)
-    for mark, lack in (("gpu", _no_gpu), ("slurm", cluster.lacks)):
+    for mark, lack in (("gpu", _no_gpu), ("slurm", cluster.lacks), ("hear", _no_hear_tools)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := lack()):
             left_out[f"{mark} ({reason})"] = [item.nodeid for item in marked]
@@ -61,3 +61,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU on this machine"
+
+
+def _no_hear_tools() -> str | None:
+    # Never without being asked for, also where their environment is there: they take minutes.
+    return None if os.environ.get("HEAR_VENV") else "make test-hear: the real HEAR tools, in an environment of their own"

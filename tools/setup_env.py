@@ -41,6 +41,11 @@ def use_given_interpreter(needs: list[str] | None) -> None:
     if faults:
         lines = [f"  {r.name} >= {r.floor}: {found or 'none'} is here" for r, found in faults]
         stop(f"{sys.executable} lacks packages:\n" + "\n".join(lines) + "\ninstall them, or leave out VENV=0")
+    make_links()
+
+
+def make_links() -> None:
+    """build/importable: what PYTHONPATH needs for the packages that setup.py maps."""
     folder = ROOT / "build" / "importable"
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in MAPPED.items():
@@ -91,9 +96,9 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], env: dict[str, str] | None = None) -> None:
     """Run one step; when it fails, say which and stop."""
-    if subprocess.run(command, cwd=ROOT).returncode:
+    if subprocess.run(command, cwd=ROOT, env=env).returncode:
         stop("this step failed: " + " ".join(command) + "\nput right what it says above, then start again")
 
 

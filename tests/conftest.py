@@ -65,4 +65,4 @@ def _no_gpu() -> str | None:
 
 def _no_hear_tools() -> str | None:
     # Never without being asked for, also where their environment is there: they take minutes.
-    return None if os.environ.get("HEAR_VENV") else "make test-hear: the real HEAR tools, in an environment of their own"
+    return None if os.environ.get("HEAR_VENV") else "make test-hear makes their tools' environment and runs them"

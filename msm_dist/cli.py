@@ -86,6 +86,20 @@ def plan(
 
 
 @app.command()
+def finetune(
+    run: Annotated[str, typer.Argument(help="A run folder, or exported weights.")],
+    data: Annotated[str, typer.Argument(help="A HEAR task folder, a CSV of file,label,split, RECIPE:FOLDER, shards.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="A YAML file, and settings as section.key=value.")
+    ] = None,
+) -> None:
+    """Fine-tune an encoder with a linear head on labelled clips, or continue the run of that name."""
+    from msm_dist.evaluate.finetune import main as run_finetuning
+
+    raise typer.Exit(run_finetuning([run, data, *(settings or [])]))
+
+
+@app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="The folder of run folders, or one above it.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each run, on a line.")] = False,

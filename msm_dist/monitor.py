@@ -63,13 +63,14 @@ class Monitor:
             self._print(step, [*self._progress(step, values)])
 
     def valid(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a validation: valid_loss and its references, in the units of the training loss."""
+        """Record a validation: valid_loss with its references, in the units of the training loss, scores as valid_NAME."""
         if not self.writes:
             return
         self._record("valid", step, values)
         beside = [f"{label} {values[name]:.4f}" for name, label in REFERENCES.items() if name in values]
         against = f"  (against: {', '.join(beside)})" if beside else ""
-        self._print(step, [f"valid loss {values['valid_loss']:.4f}{against}"])
+        scores = [f"{name.removeprefix('valid_')} {value:.4f}" for name, value in values.items() if _is_score(name)]
+        self._print(step, [f"valid loss {values['valid_loss']:.4f}{against}", *scores])
 
     def probe(self, step: int, values: Mapping[str, float]) -> None:
         """Record scores of the online probe: SCORE/TASK, and those of its baselines as SCORE_BASELINE/TASK."""
@@ -258,6 +259,10 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict[str, Any]
                 "edited: delete that line or move the file away"
             )
         yield line, record
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("valid_") and name != "valid_loss"
 
 
 def _block_flops(num_tokens: int, width: int) -> float:

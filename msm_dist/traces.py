@@ -98,7 +98,9 @@ def traces(folder: Path, now: float) -> Traces:
     """Read a run folder, at the moment `now`."""
     submitted = folder / "submission"
     settings = _read_yaml(folder / "config.yaml") or _read_yaml(submitted / "config.yaml")
-    trained, validated, step = _last_lines(folder / "metrics.jsonl", _setting(settings, "data", "valid_shards"))
+    # Fine-tuning has a task, and always validates.
+    is_validated = _setting(settings, "data", "valid_shards") or _setting(settings, "data", "task")
+    trained, validated, step = _last_lines(folder / "metrics.jsonl", is_validated)
     saved = _newest_checkpoint(folder / "checkpoints")
     heartbeat, started, fell = (_changed(folder / f"{name}.json") for name in ("lock", "environment", "diverged"))
     owner, environment = _read_json(folder / "lock.json"), _read_json(folder / "environment.json")
@@ -143,7 +145,7 @@ def _total_steps(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> int | 
     steps, epochs = (_setting(settings, "train", name) for name in ("steps", "epochs"))
     if steps is not None:
         return _whole(steps)
-    factors = [epochs, plan.get("clips_per_epoch"), _setting(settings, "data", "crops_per_clip")]
+    factors = [epochs, plan.get("clips_per_epoch"), _setting(settings, "data", "crops_per_clip") or 1]
     numbers = [_number(value) for value in (*factors, _setting(settings, "train", "global_batch"))]
     if any(number is None or not 0 < number < 2**53 for number in numbers):
         return None

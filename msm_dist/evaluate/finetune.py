@@ -1,0 +1,519 @@
+"""Fine-tuning: a trained encoder with a linear head learns labels. `train` is the whole loop, read top to bottom.
+
+In: weights, a task, a FinetuneConfig. Out: a run folder as of pre-training, with the scores on the test clips in
+results.json and the classifier in export/; an exit code (0: finished; 75: saved, asks for a requeue; 128 + signal:
+saved and stopped). Started as `msm-dist finetune RUN DATA [CONFIG.yaml] [a.b=c ...]`, as
+`deepspeed --module msm_dist.evaluate.finetune` with the same words, by torchrun or by srun.
+
+Engine, checkpoints, signals and records are those of pre-training, and so are their promises: killed and started again,
+a run gives the same weights, bit for bit; at another world size it learns from the same clips.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGTERM
+
+import deepspeed
+import numpy as np
+import torch
+
+from msm_dist import monitor
+from msm_dist.config import BatchLayout
+from msm_dist.data.stream import Loader, start_loader
+from msm_dist.engine import checkpoint, preempt, state
+from msm_dist.engine.console import outliving_readers
+from msm_dist.engine.optim import lr_at
+from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
+from msm_dist.engine.saving import Saver
+from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
+from msm_dist.engine.zero import build_engine, describe_engine, fitting_memory, rehearse, set_lr
+from msm_dist.environment import device_name, environment
+from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.evaluate import classifier
+from msm_dist.evaluate.augment import Order, clip_weights, mask_spectrogram, num_kept
+from msm_dist.evaluate.classifier import Classifier, Head, clip_spectrogram, layer_groups
+from msm_dist.evaluate.finetune_config import MAY_CHANGE, FinetuneConfig, batch_layout, read_config
+from msm_dist.evaluate.finetune_data import (
+    Cut,
+    JudgedClips,
+    LabelledBatch,
+    LabelledTask,
+    TrainingClips,
+    num_batches,
+    open_task,
+)
+from msm_dist.evaluate.scores import SCORES
+from msm_dist.features import LogMel
+from msm_dist.feed import Feed, GivenUp
+from msm_dist.files import write_atomically
+from msm_dist.model import weights
+from msm_dist.model.tensors import differences
+from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, weights_folder
+from msm_dist.profiling import part
+from msm_kernels.backend import describe
+
+CLIP_KEYS_SHOWN = 8
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that fine-tuning starts from."""
+
+    encoder: dict[str, torch.Tensor]
+    decoder: dict[str, torch.Tensor]
+    """Goes into the export as it is, for the encoder to be read as any other."""
+    info: WeightsInfo
+    digest: str
+
+
+@dataclass
+class Finetuning:
+    """The parts of a run in progress."""
+
+    cfg: FinetuneConfig
+    world: World
+    layout: BatchLayout
+    labelled: LabelledTask
+    start: Start
+    head: Head
+    cut: Cut
+    total_steps: int
+    warmup_steps: float
+    engine: deepspeed.DeepSpeedEngine
+    front_end: LogMel
+    valid: Loader
+    """The validation clips, over and over."""
+    monitor: monitor.Monitor
+    saver: Saver
+    interruption: preempt.Interruption
+    matrix_rate: float
+    """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
+    step: int
+    """Updates done."""
+
+
+def finetune(cfg: FinetuneConfig) -> int:
+    """Run or continue a run; the exit code. Raises MsmError kinds."""
+    world = join_world(cfg.engine.timeout_minutes)
+    interruption = preempt.Interruption(world.control)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(noticing_lost_peers(world.rank))
+        stack.callback(leave_world)
+        stack.enter_context(preempt.listening(interruption))
+        stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, SIGTERM)))
+        layout = batch_layout(cfg.train, world.size)
+        start = world.together(lambda: read_start(cfg), CheckpointError)
+        labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate, cfg.seed))
+        world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
+        run = build(cfg, world, layout, start, labelled, interruption)
+        stack.callback(run.monitor.close)
+        stack.callback(run.saver.close)
+        stack.callback(run.valid.close)
+        if run.step < run.total_steps and (reason := train(run)):
+            return interruption.exit_code(reason)
+        finish(run)
+    return 0
+
+
+def train(run: Finetuning) -> int:
+    """Train to the last step, or until all ranks agree to stop; the reason to stop, or 0. Ends saved."""
+    cfg, engine, total_steps = run.cfg, run.engine, run.total_steps
+    watch = monitor.Stopwatch()
+    reason, logged_step = preempt.NONE, run.step
+    with feeding(run) as feed:
+        engine.train()
+        while run.step < total_steps:
+            with watch.waiting(), part("data"):
+                batches = feed.next_step()
+            if reason := run.interruption.agreed():
+                break
+            lr = lr_at(run.step, cfg.peak_lr, run.warmup_steps, total_steps)
+            set_lr(engine, lr)
+            loss = torch.zeros((), device=run.world.device)
+            for batch in batches:
+                output = forward(run, batch)
+                # A loss that is not finite makes its gradients so too: then DeepSpeed's check sees it.
+                with part("backward"):
+                    engine.backward(output.loss * (output.loss.detach() * 0 + 1))
+                with part("update"):
+                    engine.step()
+                loss += output.loss.detach() / len(batches)
+            run.step += 1
+            stop_if_skipped(run, lr, batches)
+
+            last = run.step == total_steps
+            if last or run.step % cfg.train.log_every == 0:
+                log_training(run, loss, lr, watch, run.step - logged_step)
+                logged_step = run.step
+            with watch.paused(), part("outside"):
+                if last or run.step % cfg.train.valid_every == 0:
+                    validate(run)
+                if last or run.step % cfg.checkpoint.every == 0:
+                    save(run, complete=last)
+            if last or run.step % cfg.train.log_every == 0:
+                run.saver.check()
+    if reason:
+        save(run, complete=True)
+        if run.world.is_main:
+            print(f"stopped and saved at step {run.step} of {total_steps}; the same command continues", flush=True)
+        run.world.together(feed.raise_fault, DataError)
+    return reason
+
+
+@contextlib.contextmanager
+def feeding(run: Finetuning) -> Iterator[Feed]:
+    """This rank's training batches from the run's step on; the processes that read them end with the block."""
+    labelled, cfg = run.labelled, run.cfg
+    clips = labelled.clips(labelled.parts.train)
+    rarity = clip_weights([clip.labels for clip in clips], len(labelled.task.labels)) if cfg.data.weighted else None
+    order = Order(len(clips), cfg.seed, rarity)
+
+    def give_up_when_stopping() -> None:
+        if run.interruption.heard_anywhere():
+            raise GivenUp
+
+    batches = TrainingClips(clips, order, run.cut, cfg.augment, run.layout, run.world.rank, run.step)
+    with contextlib.closing(start_loader(batches, cfg.data.num_workers, give_up_when_stopping)) as loader:
+        feed = Feed(loader, run.layout.accumulation, run.total_steps - run.step, run.interruption)
+        # Without data for its first step a rank can't wait for an agreement that comes a step late, see feed.feeding.
+        run.world.together(feed.raise_fault, DataError)
+        run.interruption.agreed()
+        yield feed
+
+
+def forward(run: Finetuning, batch: LabelledBatch) -> classifier.Output:
+    """Audio to loss and logits, for one micro-batch."""
+    batch = batch.to(run.world.device)
+    with part("log-mel"):
+        spectrogram = clip_spectrogram(run.front_end, batch.waveforms, run.engine.module.grid)
+        spectrogram = mask_spectrogram(spectrogram, batch.masks)
+    with part("forward"):
+        return run.engine(spectrogram, batch.targets, batch.ids_keep)
+
+
+def stop_if_skipped(run: Finetuning, lr: float, batches: Sequence[LabelledBatch]) -> None:
+    """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
+    if not state.was_refused(run.engine):
+        return
+    keys = [key for keys in run.world.gather([key for batch in batches for key in batch.keys]) for key in keys]
+    error = Diverged(
+        f"step {run.step}, lr {lr:.3e}: the loss or a gradient is not finite; the update was left out. Clips of the "
+        f"step: {', '.join(keys[:CLIP_KEYS_SHOWN])}, ... ({len(keys)} in all). Look at those clips, lower the learning "
+        "rate or set optim.clip_norm; the newest checkpoint is untouched"
+    )
+    error.on_all_ranks = True
+    raise error
+
+
+def log_training(run: Finetuning, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
+    """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
+    cfg, world = run.cfg, run.world
+    loss_sum = world.sum([loss.item()])[0]
+    rates = watch.lap(steps, steps * cfg.train.global_batch, run.cut.num_samples / run.cut.sample_rate)
+    norm, scale = float(run.engine.get_global_grad_norm()), state.loss_scale(run.engine)
+    values = {
+        "loss": loss_sum / world.size,
+        "lr": lr,
+        # Infinite where fp16 has left out the update.
+        **({"grad_norm": norm} if math.isfinite(norm) else {}),
+        **rates,
+        "mfu": flops_per_clip(run) * rates["clips_per_second"] / world.size / run.matrix_rate,
+        **({"loss_scale": scale["cur_scale"]} if scale else {}),
+        "device_memory_gib": monitor.device_memory_gib(world.device),
+        **run.saver.lap(),
+    }
+    run.monitor.train(run.step, values)
+
+
+def flops_per_clip(run: Finetuning) -> float:
+    """Matrix FLOPs of one clip in the encoder, which sees what patch drop leaves."""
+    model, (height, width) = run.start.info.model, run.start.info.model.patch
+    rows, columns = num_kept(run.cfg.augment, run.cut.grid)
+    alone = model.geometry._replace(decoder_embed_dim=0, decoder_depth=0)
+    return monitor.flops_per_clip(alone, 0, rows * columns, 0, height * width, model.cls_token)
+
+
+def validate(run: Finetuning) -> None:
+    """Loss and scores on the validation clips. A collective."""
+    values = judge(run, run.valid, len(run.labelled.parts.valid))
+    run.monitor.valid(run.step, {f"valid_{name}": value for name, value in values.items()})
+
+
+def judge(run: Finetuning, loader: Loader, num_clips: int) -> dict[str, float]:
+    """Loss and the task's scores on clips that are all given once, without augmentation. A collective."""
+    size = run.cfg.train.micro_batch
+    found: list[tuple[np.ndarray, ...]] = []
+    run.engine.eval()
+    with torch.no_grad():
+        for _ in range(num_batches(num_clips, size, run.world.size)):
+            batch = run.world.together(lambda: next(loader), DataError)
+            logits = forward(run, batch).logits.float().cpu()
+            found.append((batch.places.numpy(), logits.numpy(), batch.targets.numpy()))
+    run.engine.train()
+    of_rank = tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    places, logits, targets = (np.concatenate(parts) for parts in zip(*run.world.gather(of_rank), strict=True))
+    order = np.argsort(places)[:num_clips]
+    return run.world.on_main(lambda: scores_of(logits[order], targets[order], run.labelled))
+
+
+def scores_of(logits: np.ndarray, targets: np.ndarray, labelled: LabelledTask) -> dict[str, float]:
+    """Loss and scores by name of logits [N, C] against targets [N, C]."""
+    multilabel = labelled.task.multilabel
+    tensors = torch.from_numpy(logits).double(), torch.from_numpy(targets).double()
+    loss = classifier.loss_of(*tensors, multilabel).item()
+    scores = classifier.probabilities(tensors[0], multilabel).numpy()
+    return {"loss": loss} | {name: SCORES[name](scores, targets) for name in labelled.task.scores}
+
+
+def save(run: Finetuning, complete: bool = False) -> None:
+    """Begin to write a checkpoint, or wait until it is complete. A collective."""
+    run.world.on_main(lambda: refuse_if_taken(run.cfg.run.folder))
+    extra = {"cursor": run.step * run.cfg.train.global_batch}
+    run.saver.begin(run.engine, run.step, extra, run.monitor.sync)
+    if complete:
+        run.saver.finish()
+
+
+def finish(run: Finetuning) -> None:
+    """Judge on the test clips, export the classifier, say what came out and where it is. A collective."""
+    cfg, folder, labelled = run.cfg, run.cfg.run.folder, run.labelled
+    clips = labelled.clips(labelled.parts.test)
+    judged = JudgedClips(clips, run.cut, cfg.train.micro_batch, run.world.rank, run.world.size)
+    with contextlib.closing(start_loader(judged, cfg.data.num_workers)) as loader:
+        values = judge(run, loader, len(clips))
+    results = {
+        "task": labelled.task.name,
+        "fold": cfg.data.fold,
+        "step": run.step,
+        "test_clips": len(clips),
+        "classes": len(labelled.task.labels),
+        "classes_judged": len({label for clip in clips for label in clip.labels}),
+        "weights": {"origin": run.start.info.origin, "sha256": run.start.digest},
+        **{f"test_{name}": value for name, value in values.items()},
+    }
+    if (official := labelled.task.official) is not None:
+        results["official"] = f"{len(clips):,} of {official.clips:,} clips of {', '.join(official.tables)}"
+    # Every rank takes part; one keeps them.
+    trained = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
+    origin = {
+        "run": cfg.run.name,
+        "step": run.step,
+        "task": labelled.task.name,
+        "finetuned_from": run.start.info.origin,
+    }
+    info = WeightsInfo(run.start.info.model, run.start.info.features, run.start.info.crop_frames, origin)
+    exported = run.world.on_main(lambda: classifier.save(folder / "export", trained, run.start.decoder, info, run.head))
+    run.world.on_main(lambda: write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n"))
+    if run.world.is_main:
+        print(summary(run, results, exported), flush=True)
+
+
+def summary(run: Finetuning, results: dict[str, object], exported: Path) -> str:
+    """The scores on the test clips, and where things are."""
+    folder = run.cfg.run.folder
+    scores = "  ".join(f"{name} {results[f'test_{name}']:.4f}" for name in run.labelled.task.scores)
+    places = {
+        "test": f"{scores}  ({results.get('official') or results['test_clips']} clips)",
+        "results": folder / RESULTS,
+        "classifier": exported,
+        "checkpoint": folder / "checkpoints" / checkpoint.checkpoint_name(run.step),
+        "TensorBoard": f"tensorboard --logdir {run.cfg.run.dir}",
+    }
+    head = f"\n{folder} is finished: {run.step} steps are done (more with train.steps=N)"
+    return "\n".join([head, *(f"  {name:<12} {place}" for name, place in places.items())])
+
+
+def read_start(cfg: FinetuneConfig) -> Start:
+    """The weights to start from, their digest. Raises CheckpointError."""
+    folder = weights_folder(cfg.weights)
+    tensors, info = weights.read(folder)
+    try:
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: can't be read ({error.strerror})") from None
+    encoder = {name: value for name, value in tensors.items() if name.startswith("encoder.")}
+    decoder = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
+    return Start(encoder, decoder, info, digest)
+
+
+def new_classifier(cfg: FinetuneConfig, start: Start, head: Head) -> Classifier:
+    """The weights' encoder with a fresh head. Raises ConfigError, CheckpointError."""
+    how = {"backend": cfg.model.backend, "activation_checkpointing": cfg.model.activation_checkpointing}
+    model = Classifier(start.info.model.model_copy(update=how), start.info.features, head, cfg.seed)
+    if found := differences(
+        start.encoder, {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}
+    ):
+        raise CheckpointError(f"{cfg.weights}: its encoder is not that of its configuration; {found}")
+    model.load_state_dict(start.encoder, strict=False)
+    return model
+
+
+def build(
+    cfg: FinetuneConfig,
+    world: World,
+    layout: BatchLayout,
+    start: Start,
+    labelled: LabelledTask,
+    interruption: preempt.Interruption,
+) -> Finetuning:
+    """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
+    folder, features, task = cfg.run.folder, start.info.features, labelled.task
+    # A score that can't be computed is found here, not after the training.
+    world.on_main(lambda: scores_of(*[np.eye(len(task.labels) + 1, len(task.labels), dtype=np.float32)] * 2, labelled))
+    head = Head(
+        task.labels,
+        task.multilabel,
+        cfg.model.pooling,
+        cfg.model.positions,
+        labelled.num_samples,
+        start.info.crop_frames,
+    )
+    total_steps, warmup_steps = length_of(cfg, len(labelled.parts.train))
+    identity = {
+        "weights_digest": start.digest,
+        "task_digest": labelled.digest,
+        "num_samples": labelled.num_samples,
+        "clips_per_epoch": len(labelled.parts.train),
+    }
+    world.on_main(lambda: compare_config(folder, cfg, MAY_CHANGE))
+    world.on_main(lambda: compare_plan(folder, identity))
+    saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", total_steps, layout))
+    model = new_classifier(cfg, start, head)
+    initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
+    grid = model.grid
+    cut = Cut(labelled.sample_rate, labelled.num_samples, len(task.labels), (grid.n_mels, grid.frames), grid.shape)
+    groups = layer_groups(model, start.info.model.geometry.depth, cfg.optim.weight_decay, cfg.optim.layer_decay)
+    with fitting_memory(world.device, cfg.train.micro_batch):
+        engine = build_engine(model, cfg, layout, world.device, groups)
+        rehearse(engine, lambda: engine(*made_up(cfg, cut, world.device)).loss)
+    if saved:
+        checkpoint.load(engine, saved, world)
+    else:
+        state.reset(engine, initial)
+    step = saved.step if saved else 0
+    valid_clips = labelled.clips(labelled.parts.valid)
+    valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
+    rate = monitor.matrix_rate(world.device, precision)
+    metrics = world.together(lambda: monitor.Monitor(folder, step, total_steps, world.is_main), CheckpointError)
+    saver = Saver(folder / "checkpoints", cfg.checkpoint, world, cfg.engine.timeout_minutes)
+    world.on_main(lambda: record_start(folder, cfg, identity))
+    world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
+    if world.is_main:
+        print(announcement(cfg, world, labelled, start, describe_engine(engine), saved, total_steps), flush=True)
+    return Finetuning(
+        cfg,
+        world,
+        layout,
+        labelled,
+        start,
+        head,
+        cut,
+        total_steps,
+        warmup_steps,
+        engine,
+        LogMel(features).to(world.device),
+        start_loader(valid, cfg.data.num_workers),
+        metrics,
+        saver,
+        interruption,
+        rate,
+        step,
+    )
+
+
+def made_up(
+    cfg: FinetuneConfig, cut: Cut, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Arguments of the model for a micro-batch of noise, of as many patches as training has."""
+    batch, (rows, columns) = cfg.train.micro_batch, num_kept(cfg.augment, cut.grid)
+    noise = torch.randn(batch, 1, *cut.spectrogram, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.full((batch, cut.num_classes), 1 / cut.num_classes, device=device)
+    if (rows, columns) == cut.grid:
+        return noise, targets, None
+    kept = torch.arange(rows)[:, None] * cut.grid[1] + torch.arange(columns)
+    return noise, targets, kept.reshape(1, -1).repeat(batch, 1).to(device)
+
+
+def length_of(cfg: FinetuneConfig, num_clips: int) -> tuple[int, float]:
+    """Steps of the run, and of its warm-up. Raises ConfigError where the warm-up takes all of it."""
+    steps_per_epoch = num_clips / cfg.train.global_batch
+    total = cfg.train.steps or max(1, math.ceil(cfg.train.epochs * steps_per_epoch))
+    warmup = cfg.optim.warmup_steps
+    warmup = (cfg.optim.warmup_epochs or 0) * steps_per_epoch if warmup is None else warmup
+    if warmup >= total:
+        raise ConfigError(
+            f"optim.warmup_steps, warmup_epochs: {warmup:.0f} steps of warm-up in a run of {total} steps; lower it"
+        )
+    return total, warmup
+
+
+def announcement(
+    cfg: FinetuneConfig,
+    world: World,
+    labelled: LabelledTask,
+    start: Start,
+    engine: str,
+    saved: checkpoint.Saved | None,
+    total_steps: int,
+) -> str:
+    """What is about to run, and from where."""
+    task, parts, info = labelled.task, labelled.parts, start.info
+    kind = "multi-label" if task.multilabel else "one label a clip"
+    grid = classifier.clip_grid(info.model, info.features, labelled.num_samples)
+    lines = [
+        f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, to step "
+        f"{total_steps}",
+        f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, {engine}, "
+        f"{describe(cfg.model.backend, world.device)}",
+        f"weights    {cfg.weights}, sha256 {start.digest[:12]}; trained on {info.crop_frames} frames, positions "
+        f"{cfg.model.positions} for {grid.frames}",
+        f"task       {task.name}: {len(task.labels)} classes, {kind}, judged by {task.scores[0]}"
+        + (f", fold {cfg.data.fold}" if cfg.data.fold is not None else ""),
+        f"clips      {len(parts.train)} to train on, {len(parts.valid)} to validate on, {len(parts.test)} to be judged "
+        f"on, {labelled.num_samples / labelled.sample_rate:.2f} s each",
+    ]
+    if world.size == 1 and torch.cuda.device_count() > 1:
+        lines.append(
+            f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "
+            "deepspeed --module msm_dist.evaluate.finetune RUN DATA"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m msm_dist.evaluate.finetune RUN DATA [CONFIG.yaml] [a.b=c ...]`; the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed calls collectives by names that torch renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    # The deepspeed launcher adds --local_rank=N; the environment says the same.
+    words = [word for word in arguments if not word.startswith("--local_rank")]
+
+    def action() -> int:
+        try:
+            if len(words) < 2 or any(word.startswith("-") or "=" in word for word in words[:2]):
+                raise ConfigError(
+                    "usage: python -m msm_dist.evaluate.finetune RUN DATA [CONFIG.yaml] [section.key=value ...]"
+                )
+            cfg = read_config(words[0], words[1], words[2:])
+        except ConfigError as error:
+            error.on_all_ranks = True
+            raise
+        return finetune(cfg)
+
+    return reporting(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -151,6 +151,8 @@ def main() -> None:
     """Entry point: user errors become one message and exit code 2."""
     # The group is imported here, for its commands to appear in the help; its heavy imports wait as the others do.
     from msm_dist.data.commands import app as data_app
+    from msm_dist.evaluate.weights_commands import app as weights_app
 
     app.add_typer(data_app, name="data", help="Make, check and measure shards.")
+    app.add_typer(weights_app, name="weights", help="Export, convert and inspect trained weights.")
     sys.exit(reporting(lambda: app(spread_sweep(sys.argv[1:]), standalone_mode=True)))

@@ -5,7 +5,7 @@ import pytest
 
 from msm_dist.data.audio import resample
 from msm_dist.errors import DataError
-from msm_dist.evaluate.recordings import read_audio
+from msm_dist.evaluate.recordings import read_audio, read_blocks
 from tests.audio_files import CODECS, bad_files, encode, noise, write_audio
 
 RATE = 16000
@@ -49,6 +49,33 @@ def test_what_is_louder_than_full_scale_is_scaled_down_as_a_whole(tmp_path):
     waveform, _ = read_audio(write_audio(tmp_path / "x.wav", samples, "float.wav"))
     assert np.abs(waveform).max() <= 1
     assert np.corrcoef(waveform, samples)[0, 1] > 0.999999
+
+
+@pytest.mark.parametrize(("codec", "rate"), [("flac", RATE), ("wav", 44100), ("ogg", 22050), ("mp3", 44100)])
+def test_blocks_are_the_recording(tmp_path, monkeypatch, codec, rate):
+    monkeypatch.setattr("msm_dist.data.audio.CHUNK_VALUES", 10000)
+    path = write_audio(tmp_path / "x", noise(50001, channels=2), codec, rate)
+    blocks = list(read_blocks(path, RATE))
+    assert len(blocks) >= 5
+    np.testing.assert_array_equal(np.concatenate(blocks), read_audio(path, RATE)[0])
+
+
+def test_blocks_of_a_loud_recording_share_one_gain(tmp_path, monkeypatch):
+    monkeypatch.setattr("msm_dist.data.audio.CHUNK_VALUES", 10000)
+    samples = noise(50000) / 32768
+    samples[45000:] *= 8
+    path = write_audio(tmp_path / "x.wav", samples, "float.wav")
+    found = np.concatenate(list(read_blocks(path, RATE)))
+    assert np.abs(found).max() <= 1
+    np.testing.assert_array_equal(found, read_audio(path)[0])
+
+
+def test_a_recording_that_breaks_off_gives_no_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("msm_dist.data.audio.CHUNK_VALUES", 10000)
+    content = encode(noise(160000), "flac")
+    (tmp_path / "x.flac").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"x\.flac.*undecodable"):
+        next(read_blocks(tmp_path / "x.flac", RATE))
 
 
 @pytest.mark.parametrize("name", sorted(bad_files().keys() - {"one_sample.wav"}))

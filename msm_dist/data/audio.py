@@ -7,7 +7,7 @@ with BadClip, which carries a reason. Memory follows the samples that are there,
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
@@ -88,6 +88,13 @@ def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np
     """Samples [start, stop), at the file's own rate, as float32 [S] at `sample_rate`. Raises BadClip."""
     with _opened(encoded) as sound:
         return _span(sound, start, stop, sample_rate)
+
+
+def decode_blocks(encoded: Encoded) -> Iterator[np.ndarray]:
+    """The whole clip in blocks, float32 [S] each in -1..1 at its own rate: memory holds one. Raises BadClip."""
+    with _opened(encoded) as sound:
+        for block in _pieces(sound, 0, sound.frames, "float32"):
+            yield _finite(block)
 
 
 def decode_crop(
@@ -172,6 +179,23 @@ def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     return np.pad(resampled[:target], (0, max(0, target - len(resampled))))
 
 
+def resample_blocks(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
+    """A recording that comes in blocks, float32 [S] each, at another rate: joined, the very samples of `resample`."""
+    if rate == sample_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality=RESAMPLING)
+    given = made = 0
+    for block in blocks:
+        given += len(block)
+        made += len(resampled := stream.resample_chunk(np.ascontiguousarray(block)))
+        yield resampled
+    if given:
+        last = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+        missing = max(0, num_target_samples(given, rate, sample_rate) - made)
+        yield np.pad(last[:missing], (0, max(0, missing - len(last))))
+
+
 @contextmanager
 def _opened(encoded: Encoded):
     """A soundfile.SoundFile whose header makes sense; faults of libsndfile come out as BadClip."""
@@ -241,8 +265,19 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
     """Mono samples [start, stop) at the file's rate. A claimed length is met in pieces, never allocated."""
     if stop - start > MAX_SAMPLES:
         raise BadClip("too_long", f"{stop - start} samples; at most {MAX_SAMPLES} are decoded at once")
+    waveform = np.concatenate([np.zeros(0, dtype), *_pieces(sound, start, stop, dtype)])
+    return _finite(waveform) if dtype == "float32" else waveform
+
+
+def _finite(waveform: np.ndarray) -> np.ndarray:
+    if not np.isfinite(waveform).all():
+        raise BadClip("non_finite", "NaN or infinite samples")
+    return waveform
+
+
+def _pieces(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
+    """Mono samples [start, stop) at the file's rate, up to CHUNK_VALUES at a time."""
     chunk = max(1, CHUNK_VALUES // sound.channels)
-    pieces = [np.zeros(0, dtype)]
     preroll = MP3_PREROLL if FORMATS[sound.format] == "mp3" else 0
     if start and not preroll:
         sound.seek(start)
@@ -257,12 +292,8 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.n
         block = sound.read(before + min(stop - start, chunk), dtype=dtype, always_2d=True)[before:]
         if not len(block):
             raise BadClip("truncated", f"ends after {start} of {sound.frames} samples")
-        pieces.append(block[:, 0] if sound.channels == 1 else block.mean(axis=1))
+        yield block[:, 0] if sound.channels == 1 else block.mean(axis=1)
         start += len(block)
-    waveform = np.concatenate(pieces)
-    if dtype == "float32" and not np.isfinite(waveform).all():
-        raise BadClip("non_finite", "NaN or infinite samples")
-    return waveform
 
 
 def _places(start: int, length: int, num_samples: int) -> tuple[int, int, np.ndarray | None]:

@@ -7,6 +7,7 @@ where these are missing.
 """
 
 import io
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,6 +29,7 @@ EXACT_SECONDS = 120
 MAX_UNTIMED_SECONDS = 600
 """A bare AAC stream says nothing of its length: it is decoded to find out, up to here."""
 LOOK_SECONDS = 30
+BLOCK_SECONDS = 60
 MATROSKA = b"\x1aE\xdf\xa3"
 SEGMENT = b"\x18S\x80g"
 
@@ -96,6 +98,14 @@ def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np
     if not np.isfinite(waveform).all():
         raise BadClip("non_finite", "NaN or infinite samples")
     return resample(waveform, rate, sample_rate)
+
+
+def decode_blocks(encoded: Encoded) -> Iterator[np.ndarray]:
+    """The whole sound in blocks, float32 mono [S] each, at the file's own rate: memory holds one. Raises BadClip."""
+    info = probe(encoded)
+    length = BLOCK_SECONDS * info.sample_rate
+    for start in range(0, info.samples, length):
+        yield decode_span(encoded, start, min(start + length, info.samples), info.sample_rate)
 
 
 def _file(encoded: Encoded) -> BinaryIO:

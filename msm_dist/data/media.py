@@ -7,6 +7,7 @@ float32. Fails with BadClip.
 
 import io
 import os
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -35,6 +36,11 @@ def read_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> tupl
 def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np.ndarray:
     """Samples [start, stop), at the file's own rate, as float32 [S] at `sample_rate`, unscaled. Raises BadClip."""
     return _reader(encoded).decode_span(encoded, start, stop, sample_rate)
+
+
+def decode_blocks(encoded: Encoded) -> Iterator[np.ndarray]:
+    """The whole in blocks, float32 mono [S] each, unscaled, at its own rate: memory holds one. Raises BadClip."""
+    yield from _reader(encoded).decode_blocks(encoded)
 
 
 def whole_if_small(file: BinaryIO) -> Encoded:

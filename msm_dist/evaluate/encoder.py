@@ -1,90 +1,265 @@
 """Audio of any length to embeddings, with a trained encoder and nothing that only training needs.
 
-In: mono waveforms at any rate, and the weights of a run. Out: a vector per time step, or one per clip; a
-clip's vectors do not depend on the other clips of its batch. The log-mel is cut in chunks as long as the
+In: mono waveforms at any rate, whole or as they come, and the weights of a run. Out: a vector per time step, or one per
+clip; a clip's vectors do not depend on the other clips of its batch. The log-mel is cut in chunks as long as the
 model's crops; the last one runs at its own length, with its own columns of the position table (RECIPE of the
-method: features for downstream use). Fails with CheckpointError on weights that can't be loaded, with
-DataError on a waveform that can't be embedded.
+method: features for downstream use). Chunks of one length run together, so that nothing is padded and no mask is
+needed: a clip among longer ones goes through the very operations that it goes through alone. Memory follows the
+results, not the audio. Fails with CheckpointError on weights that can't be loaded, with DataError on a waveform that
+can't be embedded, with ConfigError on a wrong setting.
 
-Legend: B clips, S samples, F mel bands, T time steps, L = Fg * Tg patches of a chunk, D width of the encoder,
-E = Fg * D.
+Legend: B clips, S samples, F mel bands, T time steps, K chunks at once, L = Fg * Tg patches of a chunk, D width of the
+encoder, E = Fg * D.
 """
 
+import copy
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from msm_dist.data.audio import MAX_RATE, MIN_RATE, resample
-from msm_dist.errors import DataError
+from msm_dist import __version__
+from msm_dist.data.audio import MAX_RATE, MIN_RATE, num_target_samples, resample, resample_blocks
+from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate.chunks import Chunk, Clip, Sound, chunks_of, whole_frames, window_begin
+from msm_dist.evaluate.normalization import Statistics, measured
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, load
 
+Normalization = Literal["checkpoint", "dataset", "batch"]
+Layer = int | Literal["all"] | None
+CHUNKS_AT_ONCE = 32
+
 
 class Encoder:
-    """A trained encoder with its front end and the statistics it was trained with."""
+    """A trained encoder with its front end and the statistics that normalise its input.
 
-    def __init__(self, model: MaskedSpectrogramModel, info: WeightsInfo, device: str | torch.device = "cpu"):
+    `normalization` says whose: the training corpus' (checkpoint), those of a data set of yours (dataset, made by
+    `for_dataset`), or those of the clips of each call (batch: as the published code does it, for comparison with that
+    only, since a clip's vectors then depend on its neighbours). `chunk_batch` chunks run at once; with 1 a clip's
+    vectors are the same to the bit whatever its batch, with more to rounding.
+    """
+
+    def __init__(
+        self,
+        model: MaskedSpectrogramModel,
+        info: WeightsInfo,
+        device: str | torch.device = "cpu",
+        normalization: Normalization = "checkpoint",
+        statistics: Statistics | None = None,
+        chunk_batch: int = CHUNKS_AT_ONCE,
+    ):
         self.info = info
         """What the weights say beside themselves: geometry, front end, crop and origin."""
         self.features = info.features
-        self.device = torch.device(device)
+        self.device = _checked_device(device)
+        self.normalization = normalization
+        """Whose mean and deviation the input is normalised with; name it with every result."""
+        self.statistics = _checked_statistics(normalization, statistics, info)
+        """Mean and deviation of the log-mel; None where every batch has its own."""
+        self.chunk_batch = max(1, chunk_batch)
         self._grid = model.grid
         self._encoder = model.encoder.to(self.device).eval()
         self._front_end = LogMel(info.features).to(self.device)
         self.embedding_size = self._grid.shape[0] * info.model.geometry.embed_dim
         """E: the patches of a time step side by side, low frequencies first."""
+        self.depth = info.model.geometry.depth
+        """Blocks: layers are numbered from 0, what enters the first, to this."""
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Encoder":
-        """Read the weights of a run folder, or of a folder that holds weights. Raises CheckpointError."""
-        return cls(*load(path), device=device)
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        normalization: Normalization = "checkpoint",
+        statistics: Statistics | None = None,
+        chunk_batch: int = CHUNKS_AT_ONCE,
+    ) -> "Encoder":
+        """Read the weights of a run folder, of a folder that holds weights, or of "hf://owner/name[@revision]".
 
-    @torch.no_grad()
-    def encode(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        Raises CheckpointError; ConfigError where a Hub is named and huggingface_hub is not installed.
+        """
+        if str(path).startswith("hf:/"):
+            from msm_dist.evaluate.hub import download
+
+            path = download(str(path))
+        return cls(*load(path), device, normalization, statistics, chunk_batch)
+
+    def for_dataset(self, clips: Iterable[Tensor | np.ndarray], sample_rate: int) -> "Encoder":
+        """This encoder, its weights shared, with the statistics of a data set: floating [S] each, measured once here.
+
+        The log-mel of the clips themselves counts, no padding, as in training. Raises DataError where all is silence.
+        """
+        sounds = (self._at_own_rate(_checked_clip(clip, sample_rate), sample_rate).numpy(force=True) for clip in clips)
+        return self.with_statistics(measured(sounds, self.features).checked())
+
+    def with_statistics(self, statistics: Statistics, normalization: Normalization = "dataset") -> "Encoder":
+        """This encoder, its weights shared, with the mean and deviation given."""
+        other = copy.copy(self)
+        other.normalization, other.statistics = normalization, Statistics(*statistics)
+        return other
+
+    def encode(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None = None, layer: Layer = None) -> Tensor:
         """Vectors over time: floating [B, S] in [-1, 1] at `sample_rate` Hz -> float32 [B, T, E].
 
-        One per patch width (160 ms at 16 frames), zeros filling up the last. Raises DataError.
+        One per patch width (160 ms at 16 frames), zeros filling up the last. With `lengths` int64 [B], the samples of
+        each clip that are its own, each clip is encoded as it is alone, what follows is not looked at, and the steps
+        that it lacks (`padding_mask`) are zero. `layer` k is what leaves block k (0: what enters the first), before
+        the final norm; "all" gives [B, T, 1 + depth, E]; None is the encoder's result. Raises DataError, ConfigError.
         """
-        _check(waveform, sample_rate)
-        chunks = self._spectrogram(self._at_own_rate(waveform, sample_rate)).split(self._grid.frames, dim=-1)
-        return torch.cat([self._encode_chunk(chunk) for chunk in chunks], dim=1)
+        clips = self._clips(waveform, sample_rate, lengths)
+        return pad_sequence(self.encode_clips(clips, layer), batch_first=True)
 
-    def embed(self, waveform: Tensor, sample_rate: int) -> Tensor:
-        """One vector per clip, the mean of `encode` over time: [B, S] -> float32 [B, E]."""
-        return self.encode(waveform, sample_rate).mean(dim=1)
+    def embed(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None = None, layer: Layer = None) -> Tensor:
+        """One vector per clip, the mean of its `encode` over time: [B, S] -> float32 [B, E], or [B, 1 + depth, E]."""
+        clips = self._clips(waveform, sample_rate, lengths)
+        return torch.stack([frames.mean(dim=0) for frames in self.encode_clips(clips, layer)])
+
+    @torch.no_grad()
+    def encode_clips(self, clips: Sequence[Clip], layer: Layer = None) -> list[Tensor]:
+        """The vectors of clips cut by `chunks`, each float32 [T, E], or [T, 1 + depth, E]."""
+        _check_layer(layer, self.depth)
+        statistics = self.statistics or measured((clip.whole() for clip in clips), self.features)
+        width = self._grid.patch[1]
+        shape = (1 + self.depth, self.embedding_size) if layer == "all" else (self.embedding_size,)
+        found = [torch.empty(clip.num_frames // width, *shape, device=self.device) for clip in clips]
+        groups: dict[tuple[int, type], list[tuple[int, Chunk]]] = defaultdict(list)
+        for number, clip in enumerate(clips):
+            for chunk in chunks_of(clip.num_frames, self._grid.frames):
+                groups[chunk.frames, type(clip)].append((number, chunk))
+        for places in groups.values():
+            for some in (places[i : i + self.chunk_batch] for i in range(0, len(places), self.chunk_batch)):
+                windows = [clips[number].window(chunk) for number, chunk in some]
+                for (number, chunk), vectors in zip(some, self._encode(windows, layer, statistics), strict=True):
+                    first = chunk.first // width
+                    found[number][first : first + len(vectors)] = vectors
+        return found
+
+    def stream(self, blocks: Iterable[Tensor | np.ndarray], sample_rate: int, layer: Layer = None) -> Iterator[Tensor]:
+        """The vectors of one recording of any length that comes in blocks, floating [S] each: float32 [T, E] pieces.
+
+        Joined they are those of `encode`; a piece comes when `chunk_batch` chunks are complete, and memory
+        holds no more than these. Raises DataError, ConfigError.
+        """
+        _check_layer(layer, self.depth)
+        if self.statistics is None:
+            raise ConfigError("normalization = batch: a stream has no batch; use checkpoint, or dataset")
+        longest, ahead = self._grid.frames, self.features.crop_samples(self._grid.frames)
+        own = (_checked_clip(block, sample_rate).cpu().float().numpy() for block in blocks)
+        held, first, length, frame = [], 0, 0, 0
+        for block in resample_blocks(own, sample_rate, self.features.sample_rate):
+            held.append(torch.from_numpy(block))
+            length += len(block)
+            ready = (length - window_begin(frame, self.features) - ahead) // (self.features.hop * longest) + 1
+            ready -= ready % self.chunk_batch  # as `encode` groups them, so that results are its very bits
+            if ready > 0:
+                sound = self._sound(torch.cat(held), length, first)
+                chunks = list(chunks_of(frame + ready * longest, longest, frame))
+                yield from self._encoded(sound, chunks, layer)
+                frame += ready * longest
+                begin = max(0, window_begin(frame, self.features))
+                held, first = [sound.samples[begin - first :].clone()], begin
+        if not length:
+            raise DataError("the stream holds no samples: must be at least one")
+        sound = self._sound(torch.cat(held), length, first)
+        yield from self._encoded(sound, list(chunks_of(sound.num_frames, longest, frame)), layer)
+
+    def num_steps(self, num_samples: int | Tensor, sample_rate: int) -> int | Tensor:
+        """T of a clip of so many samples at `sample_rate` Hz, or of several, int64 [B]."""
+        own = num_target_samples(num_samples, sample_rate, self.features.sample_rate)
+        return whole_frames(own, self.features, self._grid.patch[1]) // self._grid.patch[1]
+
+    def padding_mask(self, lengths: Tensor, sample_rate: int) -> Tensor:
+        """Which steps of `encode(..., lengths)` a clip is too short for: bool [B, T], True where there is nothing."""
+        steps = self.num_steps(lengths, sample_rate)
+        return torch.arange(int(steps.max()), device=steps.device) >= steps[:, None]
 
     def timestamps_ms(self, num_steps: int) -> Tensor:
         """Centres of the first `num_steps` time steps in ms: float32 [num_steps], such as 75, 235, 395."""
+        return self.centres_ms(num_steps).float()
+
+    def centres_ms(self, num_steps: int) -> Tensor:
+        """`timestamps_ms` in float64: exact for hours."""
         width = self._grid.patch[1]
         frames = torch.arange(num_steps, dtype=torch.float64) * width + (width - 1) / 2
-        return (frames * (1000 * self.features.hop / self.features.sample_rate)).float()
+        return frames * (1000 * self.features.hop / self.features.sample_rate)
 
-    def _at_own_rate(self, waveform: Tensor, sample_rate: int) -> Tensor:
-        """float32 [B, S] on the encoder's device, resampled as the clips were that it was trained on."""
-        if sample_rate != self.features.sample_rate:
-            clips = [resample(clip, sample_rate, self.features.sample_rate) for clip in waveform.float().cpu().numpy()]
-            waveform = torch.from_numpy(np.stack(clips))
-        return waveform.to(self.device, torch.float32)
+    def describe(self) -> dict[str, Any]:
+        """What a result should carry to be told apart and made again: plain values, for JSON."""
+        mean, std = self.statistics or (None, None)
+        return {
+            "program": f"msm_dist {__version__}",
+            "encoder_sha256": self.digest(),
+            "origin": self.info.origin,
+            "model": self.info.model.model_dump(mode="json") | self.info.model.geometry._asdict(),
+            "crop_frames": self.info.crop_frames,
+            "features": self.features.front_end(),
+            "sample_rate": self.features.sample_rate,
+            "embedding_size": self.embedding_size,
+            "normalization": self.normalization,
+            "mean": mean,
+            "std": std,
+        }
 
-    def _spectrogram(self, waveform: Tensor) -> Tensor:
-        """Normalised log-mel [B, 1, F, T * pw] of whole patches; the waveform's last patch is zero-padded."""
-        hop, width = self.features.hop, self._grid.patch[1]
-        # A frame centred on the very end of a clip holds no new samples; it would open a patch of padding.
-        num_frames = -(-waveform.shape[1] // hop)
-        num_frames = -(-num_frames // width) * width
-        missing = max(0, hop * (num_frames - 1) - waveform.shape[1])
-        logmel = self._front_end(pad(waveform, (0, missing)), centred=True)[..., :num_frames]
-        return normalize(logmel, self.features.mean, self.features.std)
+    def digest(self) -> str:
+        """sha256 over the encoder's parameters, names and float32 values: the same wherever they were stored."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
+        return digest.hexdigest()
 
-    def _encode_chunk(self, spectrogram: Tensor) -> Tensor:
-        """[B, 1, F, Tg * pw] -> [B, Tg, E]."""
-        tokens = self._encoder.features(spectrogram)  # [B, L, D], frequency-major
-        rows = self._grid.shape[0]
-        return tokens.unflatten(1, (rows, -1)).transpose(1, 2).flatten(2)
+    def sound(self, waveform: np.ndarray | Tensor) -> Sound:
+        """A clip for `encode_clips`: floating [S] at the encoder's own rate, `features.sample_rate`."""
+        return self._sound(_checked_clip(waveform, self.features.sample_rate).float())
+
+    def _sound(self, samples: Tensor, length: int | None = None, first: int = 0) -> Sound:
+        return Sound(samples, length or len(samples), self.features, self._grid.patch[1], first)
+
+    def _clips(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None) -> list[Sound]:
+        _check(waveform, sample_rate)
+        own = [waveform.shape[1]] * len(waveform) if lengths is None else _checked_lengths(lengths, waveform)
+        clips = [_checked_finite(clip[:length]) for clip, length in zip(waveform, own, strict=True)]
+        return [self._sound(self._at_own_rate(clip, sample_rate)) for clip in clips]
+
+    def _at_own_rate(self, clip: Tensor, sample_rate: int) -> Tensor:
+        """float32 [S], resampled as the clips were that it was trained on."""
+        if sample_rate == self.features.sample_rate:
+            return clip.float()
+        return torch.from_numpy(resample(clip.float().cpu().numpy(), sample_rate, self.features.sample_rate))
+
+    def _encoded(self, clip: Clip, chunks: Sequence[Chunk], layer: Layer) -> Iterator[Tensor]:
+        """The vectors [T, E] of a clip's chunks, one after another."""
+        full = sum(chunk.frames == self._grid.frames for chunk in chunks)
+        groups = [chunks[i : min(i + self.chunk_batch, full)] for i in range(0, full, self.chunk_batch)]
+        for some in [*groups, chunks[full:]]:
+            if some:
+                windows = [clip.window(chunk) for chunk in some]
+                yield self._encode(windows, layer, self.statistics).flatten(0, 1)
+
+    @torch.no_grad()
+    def _encode(self, windows: Sequence[Tensor], layer: Layer, statistics: Statistics) -> Tensor:
+        """Windows of equal chunks -> [K, Tg, E], or [K, Tg, 1 + depth, E]."""
+        logmel = self._front_end(torch.stack(list(windows)).to(self.device))  # [K, 1, F, Tg * pw]
+        spectrogram = normalize(logmel, *statistics)
+        if layer is None:
+            return self._over_time(self._encoder.features(spectrogram))
+        layers = self._encoder.layers(spectrogram)
+        if layer == "all":
+            return torch.stack([self._over_time(tokens) for tokens in layers], dim=2)
+        return self._over_time(next(islice(layers, layer, None)))
+
+    def _over_time(self, tokens: Tensor) -> Tensor:
+        """[K, L, D], frequency-major -> [K, Tg, E]."""
+        return tokens.unflatten(1, (self._grid.shape[0], -1)).transpose(1, 2).flatten(2)
 
 
 def _check(waveform: Tensor, sample_rate: int) -> None:
@@ -95,9 +270,69 @@ def _check(waveform: Tensor, sample_rate: int) -> None:
         )
     if not waveform.numel():
         raise DataError(f"waveform is {list(waveform.shape)}: must hold at least one clip and one sample")
-    if not torch.isfinite(waveform).all():
-        raise DataError("waveform holds NaN or infinite samples: leave those clips out")
+    _check_rate(sample_rate)
+
+
+def _check_rate(sample_rate: int) -> None:
     if not MIN_RATE <= sample_rate <= MAX_RATE:
         raise DataError(
             f"sample_rate = {sample_rate}: must be the rate of the waveform in Hz, {MIN_RATE} to {MAX_RATE}"
         )
+
+
+def _checked_clip(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
+    """A clip or block [S] that can be encoded."""
+    _check_rate(sample_rate)
+    waveform = torch.as_tensor(waveform)
+    if waveform.ndim != 1 or not waveform.is_floating_point():
+        raise DataError(
+            f"waveform is {waveform.dtype} {list(waveform.shape)}: here it must be floating point [samples] in [-1, 1]"
+        )
+    return _checked_finite(waveform)
+
+
+def _checked_finite(waveform: Tensor) -> Tensor:
+    if not torch.isfinite(waveform).all():
+        raise DataError("waveform holds NaN or infinite samples: leave those clips out")
+    return waveform
+
+
+def _checked_lengths(lengths: Tensor, waveform: Tensor) -> list[int]:
+    found = torch.as_tensor(lengths)
+    most = waveform.shape[1]
+    if found.shape != (len(waveform),) or found.is_floating_point() or not ((found > 0) & (found <= most)).all():
+        raise DataError(
+            f"lengths is {found.dtype} {list(found.shape)}, {found.tolist()[:4]}: must be the samples of each of the "
+            f"{len(waveform)} clips, whole numbers from 1 to {most}"
+        )
+    return found.tolist()
+
+
+def _check_layer(layer: Layer, depth: int) -> None:
+    if layer not in (None, "all") and not (isinstance(layer, int) and 0 <= layer <= depth):
+        raise ConfigError(f'layer = {layer!r}: this encoder has layers 0 to {depth}; or "all"')
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device = {device!r}: must be cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+        raise ConfigError(f"device = {device}: torch sees {torch.cuda.device_count()} GPUs here; use cpu")
+    return found
+
+
+def _checked_statistics(name: str, statistics: Statistics | None, info: WeightsInfo) -> Statistics | None:
+    """The mean and deviation to normalise with."""
+    if name not in get_args(Normalization):
+        raise ConfigError(f"normalization = {name!r}: must be one of {', '.join(get_args(Normalization))}")
+    if name == "dataset":
+        if statistics is None:
+            raise ConfigError(
+                "normalization = dataset: needs the data set's statistics; Encoder.for_dataset makes them"
+            )
+        return Statistics(*statistics)
+    if statistics is not None:
+        raise ConfigError(f"normalization = {name}: statistics were given, which go with normalization = dataset")
+    return Statistics(info.features.mean, info.features.std) if name == "checkpoint" else None

@@ -1,16 +1,17 @@
 """Audio files as waveforms, read as training reads them.
 
 In: the path of a file: wav, flac, ogg, opus or mp3, and with the extra [video] m4a, mp4, webm, mkv, mka, mov or aac;
-the content decides, never the name. Out: mono float32 in -1..1. Fails with DataError, which names the file and what
-is wrong with it.
+the content decides, never the name. Out: mono float32 in -1..1, whole or in blocks. Fails with DataError, which names
+the file and what is wrong with it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from msm_dist.data import media
-from msm_dist.data.audio import FULL_SCALE, BadClip
+from msm_dist.data.audio import FULL_SCALE, BadClip, resample_blocks
 from msm_dist.errors import DataError
 
 
@@ -22,22 +23,55 @@ def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.nda
     """
     try:
         with open(path, "rb") as file:
-            encoded = media.whole_if_small(file)
-            info = media.probe(encoded)
-            rate = sample_rate or info.sample_rate
-            waveform = media.decode_span(encoded, 0, info.samples, rate)
+            return read_encoded(media.whole_if_small(file), sample_rate)
     except (BadClip, OSError) as error:
         raise unreadable(path, error) from None
-    return within_full_scale(waveform), rate
 
 
-def within_full_scale(waveform: np.ndarray) -> np.ndarray:
-    """Float32 [S], scaled down as a whole where it exceeds -1..1, by the gain of `audio.fit_int16`."""
-    peak = max(waveform.max(initial=0.0) / FULL_SCALE, -waveform.min(initial=0.0))
-    return waveform if peak <= 1 else waveform * np.float32(1 / peak)
+def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
+    """A recording of any length as blocks at `sample_rate`, float32 [S] each; joined, they are `read_audio`'s samples.
+
+    Memory holds a minute or so. The file is decoded twice, at first for its peak: a damaged one gives no block at all.
+    Of a video the blocks are cut out one by one and may meet a millisecond off. Raises DataError.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from encoded_blocks(media.whole_if_small(file), sample_rate)
+    except (BadClip, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def read_encoded(encoded: media.Encoded, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
+    """`read_audio` of a file's bytes, or of an open one. Raises BadClip."""
+    info = media.probe(encoded)
+    rate = sample_rate or info.sample_rate
+    waveform = media.decode_span(encoded, 0, info.samples, rate)
+    gain = _gain(_peak(waveform))
+    return (waveform if gain == 1 else waveform * gain), rate
+
+
+def encoded_blocks(encoded: media.Encoded, sample_rate: int) -> Iterator[np.ndarray]:
+    """`read_blocks` of a file's bytes, or of an open one. Raises BadClip."""
+    rate = media.probe(encoded).sample_rate
+
+    def blocks() -> Iterator[np.ndarray]:
+        return resample_blocks(media.decode_blocks(encoded), rate, sample_rate)
+
+    gain = _gain(max(map(_peak, blocks()), default=0.0))
+    for block in blocks():
+        yield block if gain == 1 else block * gain
 
 
 def unreadable(path: str | Path, error: BadClip | OSError) -> DataError:
     """The message of a file that can't be read."""
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return DataError(f"{path}: can't be read as audio: {reason}; replace it or leave it out")
+
+
+def _peak(waveform: np.ndarray) -> float:
+    """How far samples reach towards full scale; more than 1 is beyond it."""
+    return float(max(waveform.max(initial=0.0) / FULL_SCALE, -waveform.min(initial=0.0)))
+
+
+def _gain(peak: float) -> np.float32:
+    return np.float32(1 if peak <= 1 else 1 / peak)

@@ -8,6 +8,7 @@ Legend: B clips, F mel bands, T frames, ph x pw a patch, L patches, K visible, M
 tokens (1 with CLS, 0 without), D width of the encoder, E width of the decoder.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -117,13 +118,7 @@ class Encoder(nn.Module):
 
         T may be any multiple of the patch width: the position table is made for the grid at hand.
         """
-        positions = self._positions(spectrogram)
-        if masking is None:
-            masking = _all_visible(spectrogram.shape[0], positions.shape[0] - self.num_prefix, positions.device)
-        x = self.patch_embed(spectrogram, masking, positions[self.num_prefix :])
-        if self.num_prefix:
-            cls = (self.cls_token + positions[: self.num_prefix]).to(x.dtype)
-            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self._embed(spectrogram, masking)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -131,6 +126,25 @@ class Encoder(nn.Module):
     def features(self, spectrogram: Tensor) -> Tensor:
         """Patch features [B, L, D] of whole spectrograms [B, 1, F, T], any T; the CLS token is left out."""
         return self(spectrogram)[:, self.num_prefix :]
+
+    def layers(self, spectrogram: Tensor) -> Iterator[Tensor]:
+        """Patch features [B, L, D] before the first block and after each, 1 + depth in all, without the final norm."""
+        x = self._embed(spectrogram, None)
+        yield x[:, self.num_prefix :]
+        for block in self.blocks:
+            x = block(x)
+            yield x[:, self.num_prefix :]
+
+    def _embed(self, spectrogram: Tensor, masking: Masking | None) -> Tensor:
+        """What enters the first block: visible patches with their positions, after the CLS token."""
+        positions = self._positions(spectrogram)
+        if masking is None:
+            masking = _all_visible(spectrogram.shape[0], positions.shape[0] - self.num_prefix, positions.device)
+        x = self.patch_embed(spectrogram, masking, positions[self.num_prefix :])
+        if self.num_prefix:
+            cls = (self.cls_token + positions[: self.num_prefix]).to(x.dtype)
+            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        return x
 
     def _positions(self, spectrogram: Tensor) -> Tensor:
         """The table [P + L, D] for the number of frames at hand."""

@@ -49,14 +49,15 @@ def facts(info: WeightsInfo) -> dict[str, str]:
     grid = PatchGrid(features.n_mels, info.crop_frames, model.patch)
     seconds = info.crop_frames * features.hop / features.sample_rate
     rows, columns = grid.shape
+    masked = "" if "published_file" in info.origin else f", {model.mask_ratio:.0%} masked"
     biases = "query, key and value biases" if model.key_bias else "query and value biases"
     return {
         "encoder": f"{geometry.depth} blocks, width {geometry.embed_dim}, {geometry.num_heads} heads, {biases}, "
         + ("CLS token" if model.cls_token else "no CLS token"),
         "decoder": f"{geometry.decoder_depth} blocks, width {geometry.decoder_embed_dim}, "
         f"{geometry.decoder_num_heads} heads, {model.decoder_positions[0]}-D positions",
-        "input": f"{features.n_mels} mel bands x {info.crop_frames} frames ({seconds:.2f} s of {features.sample_rate} Hz)",
-        "patches": f"{model.patch_size} (bands x frames): {rows} x {columns} of them, {model.mask_ratio:.0%} masked",
+        "input": f"{features.n_mels} mel bands x {info.crop_frames} frames ({seconds:.2f} s at {features.sample_rate} Hz)",
+        "patches": f"{model.patch_size} (bands x frames): {rows} x {columns} of them{masked}",
         "embedding": f"{rows * geometry.embed_dim} numbers every "
         f"{1000 * model.patch[1] * features.hop / features.sample_rate:g} ms",
         "log-mel": f"{features.n_fft} points, window {features.win}, hop {features.hop}, {features.fmin:g} to "
@@ -113,10 +114,8 @@ def _data(corpus: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for source in corpus:
         hours = (source.get("seconds") or 0) / 3600
-        rows.append(
-            f"| {_plain(source.get('name'))} | {source.get('clips', 0):,} | {hours:.2f} | {source.get('share', 1):.1%} | "
-            f"{str(source.get('digest'))[:12]} |"
-        )
+        name, clips, share = _plain(source.get("name")), source.get("clips", 0), source.get("share", 1)
+        rows.append(f"| {name} | {clips:,} | {hours:.2f} | {share:.1%} | {str(source.get('digest'))[:12]} |")
         if official := source.get("official"):
             found, clips, tables = official["found"], official["clips"], ", ".join(official["tables"])
             rows.append(f"| | {found:,} of {clips:,} clips of {_plain(tables)} | | | |")
@@ -136,10 +135,9 @@ def _training(info: WeightsInfo, cfg: Config | None, records: Sequence[Mapping[s
             "seed": str(cfg.seed),
         }
         if isinstance(step, int):
-            crop = info.crop_frames * info.features.hop / info.features.sample_rate
-            rows["seen"] = (
-                f"{step * cfg.train.global_batch:,} crops, {step * cfg.train.global_batch * crop / 3600:,.2f} h"
-            )
+            crops = step * cfg.train.global_batch
+            seconds = info.crop_frames * info.features.hop / info.features.sample_rate
+            rows["seen"] = f"{crops:,} crops, {crops * seconds / 3600:,.2f} h"
     latest: dict[str, Any] = {}
     for record in records:
         if not isinstance(step, int) or record["step"] <= step:

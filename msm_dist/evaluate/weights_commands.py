@@ -1,6 +1,6 @@
 """`msm-dist weights`: export, convert and look at trained weights.
 
-In: the command line. Out: folders of weights and a report on the terminal. Faults are MsmErrors, shown by the top level.
+In: the command line. Out: folders of weights, a report on the terminal. Faults are MsmErrors, shown by the top level.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`msm-dist weights export` and `import`: a run's checkpoints, and published files, as folders that `Encoder.load` reads.
+"""`msm-dist weights export` and `import`: checkpoints of runs and published files to folders that `Encoder.load` reads.
 
 In: a run folder, a folder with exported weights, or a published checkpoint. Out: a folder with model.safetensors,
 config.json and README.md, each there whole or not at all, and a report. No DeepSpeed: a checkpoint holds the whole fp32
@@ -7,7 +7,7 @@ masters by name, whatever ZeRO stage and offload trained them. Fails with Checkp
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def _write_card(folder: Path, state: dict[str, Tensor], info: WeightsInfo, run: 
     _writing(folder / CARD_FILE, lambda: write_atomically(folder / CARD_FILE, text))
 
 
-def _writing(path: Path, action) -> None:
+def _writing(path: Path, action: Callable[[], None]) -> None:
+    """Write a file, its folder made first. Raises CheckpointError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         action()

@@ -51,15 +51,15 @@ def _published(path: Path) -> str:
     # A place for statistics is needed to describe the rest; what the file lacks is said in their stead.
     features = Features(n_mels=model.grid.n_mels, mean=mean or 0.0, std=std or 1.0)
     words = {"published": str(path), "epoch": "not told" if content.epoch is None else str(content.epoch)}
-    words |= facts(WeightsInfo(model.config, features, model.grid.frames))
-    words["patches"] = words["patches"].rpartition(",")[0]  # the masking ratio is not in such a file
+    words |= facts(WeightsInfo(model.config, features, model.grid.frames, {"published_file": path.name}))
     if mean is None:
         words["statistics"] = "not in the file"
     if not conversion.has_decoder:
         words["decoder"] = "another one than the published layout has: --encoder-only"
     words["parameters"] = f"{sum(tensor.numel() for tensor in content.state.values()):,}, tables included"
     words["beside"] = ", ".join(content.beside) or "nothing"
-    words |= {"note": note for note in conversion.notes}
+    if conversion.notes:
+        words["note"] = "; ".join(conversion.notes)
     words[f"sha256 {path.name}"] = digest(path)
     return _text(words, content.state)
 

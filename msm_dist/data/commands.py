@@ -63,6 +63,25 @@ def synth(
 
 
 @app.command()
+def tasks(
+    out: Annotated[Path, typer.Argument(help="Folder for the tasks, one folder each.")],
+    task: Annotated[list[str] | None, typer.Option(help="Name of a task, may be repeated; none: all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    clips: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Clips per class of train, valid and test.", show_default="50 20, of test 40 to 100"),
+    ] = None,
+) -> None:
+    """Write synthetic probe tasks as the HEAR kit reads them. Killed, it continues when called again."""
+    from msm_dist.data.probe_tasks import write_tasks
+
+    with _progress(CONTINUES) as progress:
+        counts = write_tasks(out, task or (), seed, clips, progress)
+    for name, count in counts.items():
+        typer.echo(f"{out / name}: {_counted(count, 'clip')}")
+
+
+@app.command()
 def pack(
     source: Annotated[Path, typer.Argument(help="Folder of audio, video or Parquet files, nested as you like.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],

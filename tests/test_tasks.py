@@ -15,7 +15,7 @@ from msm_dist.data.shards import index_shards
 from msm_dist.errors import DataError
 from msm_dist.evaluate.tasks import Fold, Task, TaskClip, clip_waveform, parts_of, read_shards, read_task
 from tests.audio_files import encode, noise, write_audio
-from tests.labelled import tone, tone_files, write_hear, write_tones
+from tests.hear_tasks import tone, tone_files, write_hear, write_tones
 
 
 def write_csv(folder: Path, text: str) -> Path:

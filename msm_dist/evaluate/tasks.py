@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from msm_dist.data.audio import BadClip, decode
+from msm_dist.data.audio import BadClip
 from msm_dist.data.contents import printable, stored_clips
 from msm_dist.data.index import INDEX_NAME, Index, Official, listed, load_index
 from msm_dist.data.storage import is_remote
 from msm_dist.errors import DataError
 from msm_dist.evaluate.hear_folder import METADATA_NAME, read_hear_folder
 from msm_dist.evaluate.recipes import RECIPES, Row, read_csv, recipe_rows
-from msm_dist.evaluate.recordings import read_audio, unreadable
+from msm_dist.evaluate.recordings import read_audio, read_encoded, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def clip_waveform(clip: TaskClip, sample_rate: int) -> np.ndarray:
     try:
         with open(clip.path, "rb") as file:
             file.seek(offset)
-            return decode(file.read(size), sample_rate)
+            return read_encoded(file.read(size), sample_rate)[0]
     except (BadClip, OSError) as error:
         raise unreadable(f"{clip.path}: {printable(clip.key)}", error) from None
 

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from msm_dist import __version__
 from msm_dist.data.audio import MAX_RATE, MIN_RATE, num_target_samples, resample, resample_blocks
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate import hub
 from msm_dist.evaluate.chunks import Chunk, Clip, Sound, chunks_of, whole_frames, window_begin
 from msm_dist.evaluate.normalization import Statistics, measured
 from msm_dist.features import LogMel, normalize
@@ -87,10 +88,8 @@ class Encoder:
 
         Raises CheckpointError; ConfigError where a Hub is named and huggingface_hub is not installed.
         """
-        if str(path).startswith("hf:/"):
-            from msm_dist.evaluate.hub import download
-
-            path = download(str(path))
+        if str(path).startswith(hub.SCHEME):
+            path = hub.download(str(path))
         return cls(*load(path), device, normalization, statistics, chunk_batch)
 
     def for_dataset(self, clips: Iterable[Tensor | np.ndarray], sample_rate: int) -> "Encoder":

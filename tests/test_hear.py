@@ -1,6 +1,8 @@
 """The HEAR common API: what hear-validator and hear-eval-kit rely on, and what they fail to check."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,12 +12,25 @@ from msm_dist.config import Features, Model
 from msm_dist.errors import CheckpointError, ConfigError, DataError
 from msm_dist.evaluate import hear
 from msm_dist.evaluate.encoder import Encoder
+from msm_dist.evaluate.normalization import Statistics
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, save
 
 RATE = 16000
 SIZE = 5 * 192
 INFO = WeightsInfo(Model(size="tiny"), Features(mean=-6.5, std=3.5), 208)
+
+
+TWENTY_MINUTES = """
+import resource, sys, torch
+from msm_dist.evaluate import hear
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = hear.load_model(sys.argv[1])
+hear.get_timestamp_embeddings(torch.rand(1, 160000), model)
+before = peak()
+frames, stamps = hear.get_timestamp_embeddings(torch.rand(1, 20 * 60 * 16000), model)
+print(list(frames.shape), stamps[0, -1].item(), peak() - before)
+"""
 
 
 def write_weights(folder, info=INFO):
@@ -171,6 +186,55 @@ def test_a_model_computes_where_the_audio_is(weights):
     assert model.to("cpu") is model
     assert model.encoder_on(torch.device("cpu")) is model.encoder
     assert model.encoder_on(torch.device("meta")).device.type == "meta"
+
+
+def test_options_reach_the_encoder(weights):
+    audio = noise(2, 1.5)
+    encoder = Encoder.load(weights)
+    layer = hear.load_model(weights, layer=1)
+    assert torch.equal(layer(audio), encoder.encode(audio, RATE, layer=1))
+    assert hear.get_scene_embeddings(audio, layer).shape == (2, layer.scene_embedding_size)
+    other = hear.load_model(weights, normalization="dataset", mean=-5.0, std=2.0)
+    assert torch.equal(other(audio), encoder.with_statistics(Statistics(-5.0, 2.0)).encode(audio, RATE))
+    batch = hear.load_model(weights, normalization="batch")
+    assert torch.equal(batch(audio), Encoder.load(weights, normalization="batch").encode(audio, RATE))
+    texts = [repr(model) for model in (layer, other, batch)]
+    assert "layer 1" in texts[0] and "normalization dataset" in texts[1] and "normalization batch" in texts[2]
+
+
+def test_options_are_kept_where_the_model_moves(weights):
+    model = hear.load_model(weights, normalization="dataset", mean=-5.0, std=2.0)
+    assert model.encoder_on(torch.device("meta")).statistics == (-5.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "dataset"}, "mean = None.*takes both numbers"),
+        ({"normalization": "dataset", "mean": -5.0}, "std = None"),
+        ({"normalization": "dataset", "mean": -5.0, "std": 0.0}, "std above 0"),
+        ({"mean": -5.0}, "normalization = checkpoint.*mean = -5"),
+        ({"mean": -5.0, "std": 2.0}, "no other takes any"),
+        ({"normalization": "corpus"}, "checkpoint, dataset, batch"),
+        ({"layer": 13}, "layer = 13: .*0 to 4"),
+        ({"layer": "all"}, "layer = 'all'"),
+        ({"layer": -1}, "layer = -1"),
+    ],
+)
+def test_a_wrong_option_is_an_error(weights, options, message):
+    with pytest.raises(ConfigError, match=message):
+        hear.load_model(weights, **options)
+
+
+def test_twenty_minutes_take_little_more_memory_than_the_audio_itself(tmp_path):
+    """In a process of its own, since a peak is never forgotten. The log-mel's spectra alone would take 390 MB."""
+    small = Model(embed_dim=48, depth=1, num_heads=2, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2)
+    write_weights(tmp_path, replace(INFO, model=small))
+    child = subprocess.run([sys.executable, "-c", TWENTY_MINUTES, str(tmp_path)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    shape, growth = child.stdout.strip().rsplit(" ", 1)
+    assert shape == "[1, 7500, 240] 1199915.0"
+    assert int(growth) < 300_000  # KiB; the audio is 75,000, and so is a copy of it
 
 
 def test_no_weights_named_is_an_error_that_says_how(monkeypatch):

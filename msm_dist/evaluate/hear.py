@@ -2,20 +2,22 @@
 
 In: the place of trained weights, and batches of mono waveforms at the model's own rate, which nobody resamples here.
 Out: one vector per clip, or one per time step with its centre in milliseconds. A clip's vectors do not depend on its
-batch. Fails with ConfigError where no weights are named or their rate is not one that HEAR has audio in, with
-CheckpointError on weights that can't be loaded, with DataError on audio that can't be embedded.
+batch. Fails with ConfigError where no weights are named, on a wrong option and where HEAR has no audio at their rate,
+with CheckpointError on weights that can't be loaded, with DataError on audio that can't be embedded.
 Source: Turian et al. 2022, "HEAR: Holistic Evaluation of Audio Representations", section "Common API".
 
 Legend: B clips, S samples, T time steps, E embedding size.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msm_dist.errors import ConfigError
-from msm_dist.evaluate.encoder import Encoder
+from msm_dist.evaluate.encoder import Encoder, Normalization
+from msm_dist.evaluate.normalization import Statistics
 
 VARIABLE = "MSM_DIST_HEAR_MODEL"
 """Environment variable that names the weights where `load_model` is called without any."""
@@ -26,33 +28,44 @@ SAMPLE_RATES = (16000, 22050, 32000, 44100, 48000)
 class HearModel(nn.Module):
     """A trained encoder with the attributes that HEAR asks for. It computes on the device of the audio it is given."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, layer: int | None = None, **options: Any):
         super().__init__()
         self.source = source
-        self.encoder = Encoder.load(source)
+        self.layer = layer
+        self.options = options
+        self.encoder = Encoder.load(source, **options)
         self.sample_rate: int = self.encoder.features.sample_rate
         self.timestamp_embedding_size: int = self.encoder.embedding_size
         self.scene_embedding_size: int = self.encoder.embedding_size
 
     def forward(self, audio: Tensor) -> Tensor:
         """Vectors over time: floating [B, S] in [-1, 1] at `sample_rate` -> float32 [B, T, E]. Raises DataError."""
-        return self.encoder_on(audio.device).encode(audio, self.sample_rate)
+        return self.encoder_on(audio.device).encode(audio, self.sample_rate, layer=self.layer)
 
     def encoder_on(self, device: torch.device) -> Encoder:
         """The encoder on this device; the HEAR tools move a model with `to` and give it audio where they moved it."""
         if self.encoder.device != device:
-            self.encoder = Encoder.load(self.source, device=device)
+            self.encoder = Encoder.load(self.source, device, **self.options)
         return self.encoder
 
     def extra_repr(self) -> str:
         """What hear-validator prints of the model."""
-        return f"{self.source}, {self.sample_rate} Hz, {self.scene_embedding_size} numbers a time step"
+        layer = "the result" if self.layer is None else f"layer {self.layer}"
+        size = f"{self.scene_embedding_size} numbers a time step"
+        return f"{self.source}, {self.sample_rate} Hz, {size}, {layer}, normalization {self.encoder.normalization}"
 
 
-def load_model(model_file_path: str | os.PathLike[str] = "") -> HearModel:
+def load_model(
+    model_file_path: str | os.PathLike[str] = "",
+    normalization: Normalization = "checkpoint",
+    mean: float | None = None,
+    std: float | None = None,
+    layer: int | None = None,
+) -> HearModel:
     """The model in a run folder, a folder with exported weights, or hf://owner/name.
 
-    Without a path the environment variable MSM_DIST_HEAR_MODEL names it. Raises ConfigError, CheckpointError.
+    Without a path the environment variable MSM_DIST_HEAR_MODEL names it. `normalization` is the encoder's, "dataset"
+    with the `mean` and `std` of a log-mel; `layer` k is what leaves block k. Raises ConfigError, CheckpointError.
     """
     source = os.fspath(model_file_path) or os.environ.get(VARIABLE, "")
     if not source:
@@ -60,12 +73,21 @@ def load_model(model_file_path: str | os.PathLike[str] = "") -> HearModel:
             "model_file_path is empty: no weights are part of this package; name a run or a folder with exported "
             f"weights (--model runs/quickstart of the HEAR tools), or set {VARIABLE}=runs/quickstart"
         )
-    model = HearModel(source)
+    wanted = normalization == "dataset"
+    if [mean is not None, std is not None] != [wanted, wanted] or (wanted and not std > 0):
+        raise ConfigError(
+            f"normalization = {normalization}, mean = {mean}, std = {std}: normalization = dataset takes both numbers, "
+            "std above 0, no other takes any; Encoder.for_dataset measures them"
+        )
+    statistics = Statistics(mean, std) if wanted else None
+    model = HearModel(source, layer, normalization=normalization, statistics=statistics)
     if model.sample_rate not in SAMPLE_RATES:
         raise ConfigError(
             f"{source}: features.sample_rate = {model.sample_rate}: HEAR's audio comes at "
             f"{', '.join(map(str, SAMPLE_RATES))} Hz, and its models may not resample; train at one of these rates"
         )
+    if layer is not None and layer not in range(model.encoder.depth + 1):
+        raise ConfigError(f"layer = {layer!r}: must be one of this encoder's, 0 to {model.encoder.depth}")
     return model
 
 

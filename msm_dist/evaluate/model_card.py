@@ -56,7 +56,7 @@ def facts(info: WeightsInfo) -> dict[str, str]:
         + ("CLS token" if model.cls_token else "no CLS token"),
         "decoder": f"{geometry.decoder_depth} blocks, width {geometry.decoder_embed_dim}, "
         f"{geometry.decoder_num_heads} heads, {model.decoder_positions[0]}-D positions",
-        "input": f"{features.n_mels} mel bands x {info.crop_frames} frames ({seconds:.2f} s at {features.sample_rate} Hz)",
+        "input": f"{features.n_mels} bands x {info.crop_frames} frames ({seconds:.2f} s at {features.sample_rate} Hz)",
         "patches": f"{model.patch_size} (bands x frames): {rows} x {columns} of them{masked}",
         "embedding": f"{rows * geometry.embed_dim} numbers every "
         f"{1000 * model.patch[1] * features.hop / features.sample_rate:g} ms",

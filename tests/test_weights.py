@@ -367,7 +367,7 @@ def test_a_published_file_is_read_without_running_its_code(tmp_path, wrapped):
     assert read_published(tmp_path / "p.pth")["norm_stats"].tolist() == pytest.approx([-7.1, 4.2])
     assert_equal_states(from_published(tmp_path / "p.pth").state_dict(), model.state_dict())
     file = read_file(tmp_path / "p.pth")
-    assert (file.beside, file.epoch) == ((("epoch", "args"), 99) if wrapped else ((), None))
+    assert (file.beside, file.epoch) == ((("args",), 99) if wrapped else ((), None))
 
 
 class Trap:

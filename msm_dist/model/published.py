@@ -60,7 +60,7 @@ class PublishedFile:
 
     state: dict[str, Tensor]
     beside: tuple[str, ...]
-    """Names of its other entries, such as optimizer and args; none of them is used."""
+    """Names of its other entries, such as optimizer, scaler and args; none of them is used."""
     epoch: int | None
 
 
@@ -104,7 +104,10 @@ def read_file(path: str | Path) -> PublishedFile:
         state.setdefault(STATISTICS, content[STATISTICS])
         beside.remove(STATISTICS)
     epoch = content.get("epoch") if wrapped else None
-    return PublishedFile(state, tuple(beside), epoch if type(epoch) is int else None)
+    if type(epoch) is not int:
+        return PublishedFile(state, tuple(beside), None)
+    beside.remove("epoch")
+    return PublishedFile(state, tuple(beside), epoch)
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:

@@ -122,6 +122,33 @@ def compare(
 
 
 @app.command()
+def probe(
+    run: Annotated[str, typer.Argument(help="A run folder, a folder with weights, or hf://owner/name.")],
+    data: Annotated[list[str], typer.Argument(help="HEAR task folders, CSVs, RECIPE:FOLDER, or a folder of shards.")],
+    protocol: Annotated[Literal["linear", "hear", "knn"], typer.Option(help="The classifier.")] = "linear",
+    seeds: Annotated[int, typer.Option(help="Times that it is fitted.", min=1)] = 3,
+    labels_per_class: Annotated[int | None, typer.Option(help="Training clips of each class; else all.", min=1)] = None,
+    test: Annotated[str | None, typer.Option(help="Shards to be judged on, where DATA is shards.")] = None,
+    valid: Annotated[str | None, typer.Option(help="Shards to choose by; else a tenth of DATA.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="The folder that a CSV's files are relative to.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="What DATA is: esc50, us8k, spcv2 or gtzan.")] = None,
+    normalization: Annotated[
+        Literal["checkpoint", "dataset", "batch"], typer.Option(help="Whose mean and deviation.")
+    ] = "checkpoint",
+    shuffle_labels: Annotated[bool, typer.Option("--shuffle-labels", help="Negative control: chance.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    cache: Annotated[Path | None, typer.Option(help="Folder of the vectors; else probe/ beside the weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file for everything, such as report.json.")] = None,
+) -> None:
+    """Measure what a classifier reads off the encoder's vectors, beside two baselines."""
+    from msm_dist.evaluate.probe import Settings, show
+
+    settings = Settings(protocol, seeds, labels_per_class, shuffle_labels)
+    places = {"test": test, "valid": valid, "audio": audio, "cache": cache}
+    show(run, data, settings, out, recipe, device=device, normalization=normalization, **places)
+
+
+@app.command()
 def doctor(fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False) -> None:
     """Check the machine and the installation, and say what to do."""
     from msm_dist.doctor import run_doctor

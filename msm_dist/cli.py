@@ -122,6 +122,31 @@ def compare(
 
 
 @app.command()
+def embed(
+    inputs: Annotated[list[str], typer.Argument(help="Audio files, folders of them, indexed shards, URLs of shards.")],
+    model: Annotated[str, typer.Option(help="A run folder, a folder with weights, or hf://owner/name.")],
+    out: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    frames: Annotated[bool, typer.Option("--frames", help="Keep every time step; else the mean of each clip.")] = False,
+    layer: Annotated[str | None, typer.Option(help="A layer by number, or all; else the encoder's result.")] = None,
+    normalization: Annotated[
+        Literal["checkpoint", "dataset", "batch"], typer.Option(help="Whose mean and deviation.")
+    ] = "checkpoint",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Most clips that are encoded together.", min=1)] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write the embeddings of audio of any length to an .npz file."""
+    from msm_dist.data.commands import show_progress
+    from msm_dist.evaluate.embed import Embed
+    from msm_dist.evaluate.embed import embed as run
+
+    request = Embed(tuple(inputs), model, out, frames, layer, normalization, device, batch_size, overwrite)
+    with show_progress() as progress:
+        report = run(request, progress)
+    print(report)
+
+
+@app.command()
 def probe(
     run: Annotated[str, typer.Argument(help="A run folder, a folder with weights, or hf://owner/name.")],
     data: Annotated[list[str], typer.Argument(help="HEAR task folders, CSVs, RECIPE:FOLDER, or a folder of shards.")],

@@ -57,7 +57,7 @@ def synth(
     """Write the embedded corpus: labelled synthetic sounds laid out like AudioSet."""
     from msm_dist.data.synthetic import write_corpus
 
-    with _progress() as progress:
+    with show_progress() as progress:
         write_corpus(out, clips, valid_clips, seed, progress)
     typer.echo(f"{out}: {clips} clips in train, {valid_clips} in valid, with train_segments.csv, valid_segments.csv")
 
@@ -75,7 +75,7 @@ def tasks(
     """Write synthetic probe tasks as the HEAR kit reads them. Killed, it continues when called again."""
     from msm_dist.data.probe_tasks import write_tasks
 
-    with _progress(CONTINUES) as progress:
+    with show_progress(CONTINUES) as progress:
         counts = write_tasks(out, task or (), seed, clips, progress)
     for name, count in counts.items():
         typer.echo(f"{out / name}: {_counted(count, 'clip')}")
@@ -110,7 +110,7 @@ def pack(
 
         if csv or labels or eval_csv or keep_evaluation or name:
             raise ConfigError(f"{source}: shards keep their clips, labels and names; leave --csv and the like out")
-        with _progress(CONTINUES) as progress:
+        with show_progress(CONTINUES) as progress:
             _show(repack(source, out, _features(config), workers, progress))
         return
     from msm_dist.data.pack import PackSettings
@@ -128,7 +128,7 @@ def pack(
         eval_csv=eval_csv,
         keep_evaluation=keep_evaluation,
     )
-    with _progress(CONTINUES) as progress:
+    with show_progress(CONTINUES) as progress:
         packed = pack_folder(source, out, settings, workers, progress)
     _show(packed)
     _show_left_out(packed)
@@ -145,7 +145,7 @@ def index(
     """Index webdataset tars made elsewhere, in place: sidecars, index.json with statistics."""
     from msm_dist.data.foreign import index_in_place
 
-    with _progress() as progress:
+    with show_progress() as progress:
         made = index_in_place(_tars(shards), _features(config), csv or (), workers, progress)
     _show(made.index)
     if made.num_unlisted:
@@ -170,7 +170,7 @@ def verify(
 
     found = _packed(folder)
     start = time.perf_counter()
-    with _progress() as progress:
+    with show_progress() as progress:
         faults = verify_shards(found, decode, workers, progress)
     seconds = time.perf_counter() - start
     if faults:
@@ -197,7 +197,7 @@ def stats(
     from msm_dist.data.shards import measure_shards
 
     found = _packed(folder)
-    with _progress() as progress:
+    with show_progress() as progress:
         measured = measure_shards(found, _features(config), workers, progress)
     _show(measured)
 
@@ -242,7 +242,7 @@ def split(
     from msm_dist.data.split import SplitSettings
     from msm_dist.data.split import split as split_shards
 
-    with _progress() as progress:
+    with show_progress() as progress:
         made = split_shards(folder, out, SplitSettings(csv, labels, name, shard_clips), workers, progress)
     _show(made)
     _show_left_out(made)
@@ -262,7 +262,7 @@ def _features(config: Path | None) -> Features:
 
 
 @contextmanager
-def _progress(stopped: str = STARTS_AGAIN) -> Iterator["Progress"]:
+def show_progress(stopped: str = STARTS_AGAIN) -> Iterator["Progress"]:
     """A bar per stage with the time left, on stderr; nothing where that is no terminal. Ctrl-C ends with `stopped`."""
     from rich.console import Console
     from rich.progress import (

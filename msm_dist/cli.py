@@ -174,6 +174,53 @@ def probe(
 
 
 @app.command()
+def reconstruct(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a folder with weights.")],
+    files: Annotated[list[Path], typer.Argument(help="Audio files of any length.")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures and sounds.")],
+    start: Annotated[float, typer.Option(help="Where in the recording to begin, in seconds.", min=0)] = 0.0,
+    crops: Annotated[int, typer.Option(help="Consecutive crops, as far as the recording goes.", min=1)] = 1,
+    mask_ratio: Annotated[float | None, typer.Option(help="Share of hidden patches.", show_default="the run's")] = None,
+    seed: Annotated[int, typer.Option(help="Key of the masks.", min=0)] = 0,
+) -> None:
+    """Hide parts of recordings and show, and sound, what the model makes of them."""
+    from msm_dist.evaluate.reconstruction import reconstruct_files
+
+    print(reconstruct_files(run, files, out, start, crops, mask_ratio, seed))
+
+
+@app.command()
+def attention(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a folder with weights.")],
+    files: Annotated[list[Path], typer.Argument(help="Audio files of any length.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    layer: Annotated[str, typer.Option(help="A layer from 1 on, last, or all.")] = "last",
+    head: Annotated[int | None, typer.Option(help="A head from 1 on.", min=1, show_default="all")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Who looks: cls, mean, or a patch as ROW,COLUMN.", show_default="cls, or mean")
+    ] = None,
+    start: Annotated[float, typer.Option(help="Where in the recording to begin, in seconds.", min=0)] = 0.0,
+) -> None:
+    """Draw the encoder's self-attention over the spectrograms of recordings."""
+    from msm_dist.evaluate.attention_maps import attention_files
+
+    print(attention_files(run, files, out, layer, head, query, start))
+
+
+@app.command("map")
+def embedding_map(
+    run: Annotated[Path, typer.Argument(help="A run folder, a folder with weights, or hf://owner/name.")],
+    data: Annotated[str, typer.Argument(help="A folder with a subfolder per label, a CSV, or a HEAR task folder.")],
+    out: Annotated[Path, typer.Option(help="The .png file to write; a .csv goes beside it.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Draw the embeddings of labelled recordings on their principal components."""
+    from msm_dist.evaluate.embedding_map import draw_map
+
+    print(draw_map(run, data, out, device))
+
+
+@app.command()
 def doctor(fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False) -> None:
     """Check the machine and the installation, and say what to do."""
     from msm_dist.doctor import run_doctor

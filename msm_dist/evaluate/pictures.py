@@ -1,0 +1,111 @@
+"""What the pictures of a trained model share: crops of recordings, figures without global state, files that are whole.
+
+In: audio files of any length, figures. Out: normalised crops as the model sees them, PNG files of equal bytes for equal
+figures. Needs matplotlib (extra [eval]), imported where a figure is made. Fails with DataError for a recording,
+ConfigError where the package is missing.
+
+Legend: C crops, F mel bands, T frames.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate.recordings import read_audio
+from msm_dist.features import LogMel, normalize
+from msm_dist.files import write_atomically
+from msm_dist.model.weights import WeightsInfo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 110
+MISSING = "pictures need matplotlib, which is not installed: pip install 'msm-dist[eval]'"
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Consecutive crops of one recording."""
+
+    spectrogram: Tensor
+    """float32 [C, 1, F, T], normalised; the last one is filled up with silence."""
+    start_seconds: float
+    num_frames: int
+    """Frames from there to the end of the recording, C * T at most."""
+
+
+def read_crops(path: Path, info: WeightsInfo, start_seconds: float = 0.0, num_crops: int = 1) -> Crops:
+    """As many crops of the model's length from `start_seconds` on as the recording has, `num_crops` at most.
+
+    They are slices of the log-mel of the whole recording. Raises DataError.
+    """
+    features, frames = info.features, info.crop_frames
+    hop, margin = features.hop, 2 * features.n_fft // features.hop + 1
+    waveform = torch.from_numpy(read_audio(path, features.sample_rate)[0])
+    total, first = -(-len(waveform) // hop), round(start_seconds * features.sample_rate / hop)
+    if first >= total:
+        raise DataError(f"--start {start_seconds:g}: {path} ends after {len(waveform) / features.sample_rate:.2f} s")
+    stop = first + min(num_crops, -(-(total - first) // frames)) * frames
+    # What lies more than a window away from the crops changes nothing in them.
+    before = max(0, first - margin)
+    waveform = waveform[before * hop : (stop + margin) * hop]
+    waveform = pad(waveform, (0, max(0, hop * (stop - before - 1) - len(waveform))))
+    logmel = LogMel(features)(waveform[None], centred=True)[0, :, :, first - before : stop - before]
+    crops = torch.stack(logmel.split(frames, dim=-1))
+    return Crops(
+        normalize(crops, features.mean, features.std), first * hop / features.sample_rate, min(total, stop) - first
+    )
+
+
+def file_names(paths: Sequence[Path]) -> list[str]:
+    """A name per file for what is made of it: its stem, numbered where another file has it too."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def check_matplotlib() -> None:
+    """Raise ConfigError before anything is computed where no picture could be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(MISSING) from None
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches, with a canvas of its own. Raises ConfigError."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def show(axes: "Axes", values: np.ndarray, info: WeightsInfo, start_seconds: float, frames: int, **options: Any) -> Any:
+    """Draw values over `frames` frames and all mel bands, low bands at the bottom; the image."""
+    seconds = frames * info.features.hop / info.features.sample_rate
+    extent = (start_seconds, start_seconds + seconds, 0, info.features.n_mels)
+    return axes.imshow(values, origin="lower", aspect="auto", extent=extent, interpolation="nearest", **options)
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a figure, there whole or not at all; equal figures give equal bytes. Raises OSError."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())

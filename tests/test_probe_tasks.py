@@ -30,8 +30,8 @@ from msm_dist.data.probe_tasks import (
 from msm_dist.errors import ConfigError
 
 HONEST = [name for name, task in TASKS.items() if not task.spectrum_carries_label]
-REARRANGED = ("order", "contour", "rhythm", "vowels")
-"""Tasks whose classes are the same sounds in other places; in the others the sounds differ."""
+REARRANGED = ("order", "contour", "glide", "rhythm", "vowels")
+"""Tasks whose classes are the same sounds in other places or backwards; the others have other sounds."""
 NUISANCES = ("tilt_db", "onset_seconds", "snr_db", "level_db")
 
 

@@ -27,6 +27,7 @@ from msm_dist.evaluate.encoder import Encoder, Normalization
 from msm_dist.evaluate.probe_report import Compared, Outcome, Scored, as_json, table
 from msm_dist.evaluate.probe_vectors import BASELINES, TRAINED, clip_vectors, readable_waveforms, sources
 from msm_dist.evaluate.protocols import HearPoint, Problem, Protocol, fit
+from msm_dist.evaluate.recipes import check_recipe
 from msm_dist.evaluate.scores import SCORES, check_scores, interval, resample_weights, resampled
 from msm_dist.evaluate.tasks import Parts, Task, parts_of, read_shards, read_task
 from msm_dist.files import write_atomically
@@ -252,6 +253,8 @@ def show(
     run: str, data: Sequence[str], settings: Settings, out: Path | None, recipe: str | None = None, **options: Any
 ) -> None:
     """The command: probe, print the table, write the report. Raises as `probe` does."""
+    if recipe is not None:
+        check_recipe(recipe)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     given = [f"{recipe}:{folder}" for folder in data] if recipe else list(data)

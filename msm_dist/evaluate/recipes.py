@@ -32,11 +32,16 @@ class Row(NamedTuple):
 
 def recipe_rows(name: str, folder: str | Path) -> list[Row]:
     """The rows of the collection `name` (one of RECIPES) in `folder`. Raises ConfigError, DataError."""
-    if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r} is unknown: must be one of {', '.join(RECIPES)}")
+    check_recipe(name)
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; the recipe {name} needs the collection as it is published")
     return RECIPES[name](Path(folder))
+
+
+def check_recipe(name: str) -> None:
+    """Raise ConfigError for a name that is not in RECIPES."""
+    if name not in RECIPES:
+        raise ConfigError(f"recipe {name!r} is unknown: must be one of {', '.join(RECIPES)}")
 
 
 def as_csv(rows: list[Row], column: str) -> str:

@@ -15,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+study_app = typer.Typer(no_args_is_help=True)
 
 Config = Annotated[str, typer.Argument(help="A YAML file, such as configs/base_audioset.yaml.")]
 Cluster = Literal["slurm", "local", "debug"]
@@ -220,6 +221,21 @@ def embedding_map(
     print(draw_map(run, data, out, device))
 
 
+@study_app.command()
+def gather(
+    folder: Annotated[Path, typer.Argument(help="The folder of the runs, such as a sweep's.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.md, results.csv and results.png.")],
+    probe: Annotated[
+        list[Path] | None,
+        typer.Option(help="A report of msm-dist probe, may be repeated; none: the online probe's scores."),
+    ] = None,
+) -> None:
+    """Tabulate and draw what the runs of a sweep reached, over what was varied."""
+    from msm_dist.study_results import gather as gather_results
+
+    gather_results(folder, probe or (), out)
+
+
 @app.command()
 def doctor(fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False) -> None:
     """Check the machine and the installation, and say what to do."""
@@ -252,6 +268,7 @@ def main() -> None:
     from msm_dist.data.commands import app as data_app
     from msm_dist.evaluate.weights_commands import app as weights_app
 
+    app.add_typer(study_app, name="study", help="Gather the results of a sweep.")
     app.add_typer(data_app, name="data", help="Make, check and measure shards.")
     app.add_typer(weights_app, name="weights", help="Export, convert and inspect trained weights.")
     sys.exit(reporting(lambda: app(spread_sweep(sys.argv[1:]), standalone_mode=True)))

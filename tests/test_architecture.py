@@ -19,7 +19,7 @@ LAYERS = (
     {"engine", "monitor", "pictures", "profile_summary", "profiling", "references"},
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
     | {"allocation", "extension", "guard", "initial", "costs", "memory", "sweep"}
-    | {"jobs", "traces", "runs", "corpus_report"},
+    | {"jobs", "traces", "runs", "corpus_report", "study", "study_results"},
     {"launch", "site", "snapshot", "admission", "submission", "doctor"},
     {"cli"},
     {"__main__"},

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from msm_dist.cli import app
@@ -22,12 +24,16 @@ from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.probe import Settings, probe, probe_task, show
 from msm_dist.evaluate.probe_report import table
 from msm_dist.evaluate.probe_vectors import LOGMEL, RANDOM, TRAINED, clip_vectors, logmel_statistics, sources
+from msm_dist.evaluate.recipes import RECIPES
 from msm_dist.evaluate.tasks import Fold, Task, TaskClip, clip_waveform, read_task
 from msm_dist.features import LogMel
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, save
 from tests.audio_files import encode, noise, write_audio
 from tests.hear_tasks import RATE, tone, tone_files, write_hear, write_tones
+from tests.processes import HERE
+from tests.test_data_doc import commands
+from tests.test_operations_doc import parse
 
 MODEL = Model(embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 INFO = WeightsInfo(MODEL, Features(mean=-6.5, std=3.5), 96, {"run": "tiny"})
@@ -358,3 +364,27 @@ def write_shards(folder: Path, labels: list[list[str]]) -> Path:
 
 def index_of(folder: Path):
     return index_shards(sorted(folder.glob("*.tar")), Features())
+
+
+def test_page_shows_commands_and_recipes_that_exist():
+    page = HERE.parent / "docs" / "probes.md"
+    found = commands(page)
+    assert len(found) >= 6
+    for words in found:
+        parse(words)
+    text = page.read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert set(RECIPES) <= set(rows)
+    options = {option for parameter in get_command(app).commands["probe"].params for option in parameter.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
+
+
+def test_python_of_the_page_runs(tmp_path, run):
+    page = (HERE.parent / "docs" / "probes.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = write_tones(tmp_path / "task", 3, 1, 2)
+    code = code.replace("runs/quickstart", str(run)).replace("tasks/order", str(folder)).replace("linear", "knn")
+    names: dict[str, object] = {}
+    exec(code, names)
+    (outcome,) = names["outcomes"]
+    assert set(outcome.scored) == {TRAINED, RANDOM, LOGMEL}

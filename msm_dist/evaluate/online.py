@@ -8,7 +8,7 @@ test split; of folds the first rotation. A step's scores are a function of its w
 training is touched: weights are copied out of the engine into a model of the probe's own, fp32. Ranks share the clips.
 Fails with DataError on a task or a clip that can't be read, at the start.
 
-Legend: B clips, S samples, E size of a vector, N clips to fit, M clips to judge, C labels, F mel bands, T frames.
+Legend: B clips, S samples, E size of a vector, N clips to fit, M clips to judge, C labels.
 """
 
 from collections import defaultdict
@@ -23,6 +23,7 @@ from msm_dist.config import Probe
 from msm_dist.engine.world import World
 from msm_dist.errors import DataError
 from msm_dist.evaluate.encoder import Encoder
+from msm_dist.evaluate.probe_vectors import logmel_statistics
 from msm_dist.evaluate.recordings import read_audio
 from msm_dist.evaluate.tasks import Task, TaskClip, read_task
 from msm_dist.features import INT16_SCALE, LogMel
@@ -67,9 +68,12 @@ class OnlineProbe:
         self._info = replace(info, model=info.model.model_copy(update={"activation_checkpointing": False}))
         self._model = MaskedSpectrogramModel(self._info.model, info.features.n_mels, info.crop_frames, seed)
         del self._model.decoder
-        front_end = LogMel(info.features).to(world.device)
-        logmel = self._vectors(lambda waveforms: logmel_statistics(front_end(waveforms.to(world.device), centred=True)))
-        self._baselines = {"random_weights": self._embeddings(), "logmel": logmel}
+        front_end = LogMel(info.features)
+
+        def statistics(waveforms: Tensor) -> Tensor:
+            return torch.stack([logmel_statistics(waveform, front_end) for waveform in waveforms.numpy()])
+
+        self._baselines = {"random_weights": self._embeddings(), "logmel": self._vectors(statistics)}
         self._baseline_scores: dict[str, float] | None = None
 
     @classmethod
@@ -222,14 +226,6 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
         found = np.diff(hits[ends], prepend=0)
         precisions.append((found * hits[ends] / (ends + 1)).sum() / hits[-1])
     return float(np.mean(precisions))
-
-
-def logmel_statistics(logmel: Tensor) -> Tensor:
-    """Mean and deviation over time of log-mel [B, 1, F, T] and of its differences from frame to frame: [B, 4 * F]."""
-    logmel = logmel[:, 0].double()
-    parts = (logmel, logmel.diff(dim=-1) if logmel.shape[-1] > 1 else torch.zeros_like(logmel))
-    statistics = [value for part in parts for value in (part.mean(dim=-1), part.std(dim=-1, correction=0))]
-    return torch.cat(statistics, dim=1)
 
 
 def _drawn(clips: Sequence[TaskClip], share: float) -> list[TaskClip]:

@@ -16,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+STUDY_ARGS ?=
 BENCH_ARGS ?=
 HEAR_PYTHON ?= python3.11
 HEAR_VENV ?= build/hear/venv
@@ -46,7 +47,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain test test-slurm test-aot test-engine test-hear test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
+.PHONY: help setup pretrain study test test-slurm test-aot test-engine test-hear test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -79,6 +80,17 @@ pretrain: ready data/quickstart/train/index.json data/quickstart/valid/index.jso
 	  train.micro_batch=$$micro_batch; \
 	{ set +x; } 2>/dev/null; test -f runs/quickstart/export/model.safetensors || \
 	  { echo "make pretrain: the run stopped before its end; make pretrain again continues it"; exit 1; }
+
+# More clips to judge than by default: scores of 60 a class, not of 20.
+data/probe-tasks/.complete: | ready
+	$(PY) -m msm_dist data tasks data/probe-tasks --clips 50 60 10
+	@touch $@
+
+# Called again it goes on where it was stopped. STUDY_ARGS="train.steps=20 probe.clips=20" tries it.
+study: ready data/quickstart/train/index.json data/quickstart/valid/index.json data/probe-tasks/.complete ## the paper's studies scaled down, under an hour on two cores
+	$(PY) -m msm_dist submit configs/study/base.yaml $(STUDY_ARGS) --cluster local --tasks-per-node 2 \
+	  --sweep configs/study/sweep.yaml
+	$(PY) -m msm_dist study gather runs/study --out runs/study/results
 
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msm_dist.config import Features
-from msm_dist.data.logmel import fill_crop
+from msm_dist.data.logmel import HEADER_BYTES, fill_crop
 
 
 class Chunk(NamedTuple):
@@ -88,11 +88,12 @@ class Stored:
 
 
 def stored_clip(content: memoryview | bytes, num_samples: int, features: Features, width: int) -> Stored:
-    """The rows of a log-mel shard's member (data/logmel.py) as a clip of `num_samples` at the front end's rate."""
+    """A member of a log-mel shard (data/logmel.py) as a clip of `num_samples` at the front end's rate."""
     num_frames = whole_frames(num_samples, features, width)
     codes = np.empty((num_frames, features.n_mels), np.uint8)
     own = features.num_frames(num_samples)
-    fill_crop(codes, memoryview(content)[: codes.nbytes] if own >= num_frames else content, own, features)
+    rows = memoryview(content)[HEADER_BYTES:]
+    fill_crop(codes, rows[: codes.nbytes] if own >= num_frames else rows, own, features)
     return Stored(torch.from_numpy(codes), min(own, num_frames))
 
 

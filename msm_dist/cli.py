@@ -162,16 +162,21 @@ def probe(
         Literal["checkpoint", "dataset", "batch"], typer.Option(help="Whose mean and deviation.")
     ] = "checkpoint",
     shuffle_labels: Annotated[bool, typer.Option("--shuffle-labels", help="Negative control: chance.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Folder of the vectors; else probe/ beside the weights.")] = None,
     out: Annotated[Path | None, typer.Option(help="A file for everything, such as report.json.")] = None,
 ) -> None:
     """Measure what a classifier reads off the encoder's vectors, beside two baselines."""
-    from msm_dist.evaluate.probe import Settings, show
+    from msm_dist.data.commands import show_progress
+    from msm_dist.evaluate.probe import Settings, report
 
     settings = Settings(protocol, seeds, labels_per_class, shuffle_labels)
-    places = {"test": test, "valid": valid, "audio": audio, "cache": cache}
-    show(run, data, settings, out, recipe, device=device, normalization=normalization, **places)
+    options = {"test": test, "valid": valid, "audio": audio, "cache": cache}
+    with show_progress() as progress:
+        found = report(
+            run, data, settings, out, recipe, device=device, normalization=normalization, progress=progress, **options
+        )
+    print(found)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from msm_dist.data.shards import index_shards
 from msm_dist.errors import DataError, MsmError
 from msm_dist.evaluate import probe_vectors
 from msm_dist.evaluate.encoder import Encoder
-from msm_dist.evaluate.probe import Settings, probe, probe_task, show
+from msm_dist.evaluate.probe import Settings, probe, probe_task, report
 from msm_dist.evaluate.probe_report import table
 from msm_dist.evaluate.probe_vectors import LOGMEL, RANDOM, TRAINED, clip_vectors, logmel_statistics, sources
 from msm_dist.evaluate.recipes import RECIPES
@@ -283,16 +283,16 @@ def test_command_prints_a_row_per_task_and_writes_everything(tmp_path, run):
     assert [row.split("|")[1].strip() for row in rows] == ["task", "-----", "tones", "two"]
     assert "24+9/12 clips" in rows[2]
     assert "12+12/36 clips, 3 folds" in rows[3]
-    report = json.loads(out.read_text())
-    assert report["encoder_sha256"] == Encoder(tiny(), INFO).digest()
-    assert report["settings"] == {
+    written = json.loads(out.read_text())
+    assert written["encoder_sha256"] == Encoder(tiny(), INFO).digest()
+    assert written["settings"] == {
         "protocol": "knn",
         "seeds": 2,
         "labels_per_class": None,
         "shuffle_labels": False,
     }
-    assert [task["task"] for task in report["tasks"]] == ["tones", "two"]
-    scored = report["tasks"][1]["scored"]
+    assert [task["task"] for task in written["tasks"]] == ["tones", "two"]
+    scored = written["tasks"][1]["scored"]
     assert set(scored) == {TRAINED, RANDOM, LOGMEL}
     assert {"fold", "seed", "neighbours", "top1_acc"} == set(scored[TRAINED]["fits"][0])
     assert len(scored[TRAINED]["fits"]) == 6
@@ -300,13 +300,12 @@ def test_command_prints_a_row_per_task_and_writes_everything(tmp_path, run):
     assert {path.name.partition("-")[0] for path in (run / "probe").iterdir()} == {TRAINED, RANDOM, LOGMEL}
 
 
-def test_evaluation_clips_of_audioset_are_counted(tmp_path, run, capsys):
+def test_evaluation_clips_of_audioset_are_counted(tmp_path, run):
     train = write_shards(tmp_path / "train", [["dog"], ["cat"], ["dog", "cat"], ["cat"]] * 5)
     evaluation = write_shards(tmp_path / "eval", [["dog"], ["cat"], ["dog", "cat"]])
     official = Official(("eval_segments.csv",), 20371, 3, "0" * 64)
     write_index(replace(index_of(evaluation), official=official))
-    show(str(run), [str(train)], KNN, None, test=str(evaluation))
-    printed = capsys.readouterr().out
+    printed = report(str(run), [str(train)], KNN, None, test=str(evaluation))
     assert "3 of 20,371 eval clips" in printed
     assert "| mAP " in printed
 

@@ -112,6 +112,10 @@ def test_large_evaluations_take_fewer_resamples():
     assert len(resample_weights(3000, 200_000, seed=0)) == 200
 
 
+def test_interval_is_the_middle_95_percent():
+    assert interval(np.arange(1001)) == pytest.approx((25, 975))
+
+
 def test_interval_holds_the_truth_as_often_as_it_says():
     inside = 0
     for seed in range(200):

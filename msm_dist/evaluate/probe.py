@@ -249,17 +249,19 @@ def _for_task(encoder: Encoder, task: Task) -> Encoder:
     return encoder.for_dataset(readable_waveforms(clips, rate), rate)
 
 
-def show(
+def report(
     run: str, data: Sequence[str], settings: Settings, out: Path | None, recipe: str | None = None, **options: Any
-) -> None:
-    """The command: probe, print the table, write the report. Raises as `probe` does."""
+) -> str:
+    """What the command prints, the table; all of it goes to `out`. `options` and errors are those of `probe`."""
     if recipe is not None:
         check_recipe(recipe)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
+    if options.get("device") == "auto":
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     given = [f"{recipe}:{folder}" for folder in data] if recipe else list(data)
     about, outcomes = probe(run, given, settings, **options)
-    print(table(outcomes, about))
-    if out is not None:
-        write_atomically(out, json.dumps(as_json(about, outcomes), indent=1, allow_nan=False) + "\n")
-        print(f"\n{out}")
+    if out is None:
+        return table(outcomes, about)
+    write_atomically(out, json.dumps(as_json(about, outcomes), indent=1, allow_nan=False) + "\n")
+    return f"{table(outcomes, about)}\n\n{out}"

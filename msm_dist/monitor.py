@@ -63,7 +63,7 @@ class Monitor:
             self._print(step, [*self._progress(step, values)])
 
     def valid(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a validation: valid_loss with its references, in the units of the training loss, scores as valid_NAME."""
+        """Record a validation: valid_loss and its references, in the units of the training loss; valid_SCORE."""
         if not self.writes:
             return
         self._record("valid", step, values)

@@ -1,61 +1,49 @@
-"""Small labelled tasks for tests: tones and noises on disk, as HEAR folders and CSVs."""
+"""A small labelled task of real audio files, and the weights of a tiny model: for tests of what learns from labels."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
-from tests.audio_files import write_audio
+from msm_dist.config import Features, Model
+from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.weights import WeightsInfo, save
 
 RATE = 16000
-PITCHES = {"low": 220, "middle": 660, "high": 1980}
+KINDS = ("hiss", "hum", "noise")
+TINY = Model(embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+INFO = WeightsInfo(TINY, Features(mean=-6.5, std=3.5), 96, {"run": "tiny"})
 
 
-def tone(label: str, seed: int, num_samples: int = 4800) -> np.ndarray:
-    """int16 [S]: a tone of the class, its level, phase and noise drawn."""
-    rng = np.random.default_rng([seed, sorted(PITCHES).index(label)])
-    time = np.arange(num_samples) / RATE
-    waveform = np.sin(2 * np.pi * PITCHES[label] * rng.uniform(0.9, 1.1) * time + rng.uniform(0, 6))
-    waveform = rng.uniform(0.05, 0.5) * (waveform + 0.3 * rng.standard_normal(num_samples))
-    return (np.clip(waveform, -1, 1) * 32767).astype(np.int16)
+def new_model(info: WeightsInfo = INFO, seed: int = 1) -> MaskedSpectrogramModel:
+    return MaskedSpectrogramModel(info.model, info.features.n_mels, info.crop_frames, seed)
 
 
-def write_hear(
-    folder: Path,
-    splits: Mapping[str, Mapping[str, Sequence[str]]],
-    /,
-    labels: Sequence[str] = tuple(sorted(PITCHES)),
-    rate: int = RATE,
-    **metadata: object,
-) -> Path:
-    """A HEAR task folder with `splits` {split: {file: labels}}; the audio of a file is a tone of its first label."""
+def write_weights(folder: Path) -> Path:
+    """A tiny encoder, as a run would export it."""
+    return save(folder, new_model().state_dict(), INFO)
+
+
+def sound(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """0.4 to 1 s of a kind of sound, at a level of its own."""
+    time = np.arange(rng.integers(6400, 16000)) / RATE
+    wave = rng.uniform(-1, 1, len(time))
+    if kind == "hiss":
+        wave = np.diff(wave, n=4, prepend=np.zeros(4)) / 8
+    elif kind == "hum":
+        wave = sum(np.sin(2 * np.pi * rng.uniform(80, 120) * n * time) for n in range(1, 9)) / 8
+    return rng.uniform(0.1, 0.5) * wave + 0.001 * rng.standard_normal(len(time))
+
+
+def write_sounds(folder: Path, train: int = 36, valid: int = 12, test: int = 24) -> Path:
+    """Files of the three kinds, unevenly many to train on; the CSV of the task."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "task_name": "tones",
-        "embedding_type": "scene",
-        "prediction_type": "multiclass",
-        "split_mode": "trainvaltest",
-        "splits": list(splits),
-        "sample_duration": 0.3,
-        "evaluation": ["top1_acc"],
-    }
-    (folder / "task_metadata.json").write_text(json.dumps(settings | metadata))
-    rows = [f"{number},{label}\n" for number, label in enumerate(labels)]
-    (folder / "labelvocabulary.csv").write_text("idx,label\n" + "".join(rows))
-    for split, files in splits.items():
-        (folder / f"{split}.json").write_text(json.dumps(files))
-        for number, (file, names) in enumerate(files.items()):
-            samples = tone(names[0] if names and names[0] in PITCHES else "low", number)
-            write_audio(folder / str(rate) / split / file, samples, "wav", rate)
-    return folder
-
-
-def tone_files(count: int, prefix: str = "") -> dict[str, list[str]]:
-    """{file: [label]}: `count` clips of each class."""
-    return {f"{prefix}{label}{number}.wav": [label] for number in range(count) for label in sorted(PITCHES)}
-
-
-def write_tones(folder: Path, train: int = 8, valid: int = 4, test: int = 6) -> Path:
-    """A HEAR task of three pitches, so many clips of each to a split."""
-    return write_hear(folder, {"train": tone_files(train), "valid": tone_files(valid), "test": tone_files(test)})
+    rng = np.random.default_rng(0)
+    rows = ["file,label,split"]
+    for split, count in (("train", train), ("valid", valid), ("test", test)):
+        for number in range(count):
+            kind = KINDS[number % 3 if split != "train" or number % 4 else 0]
+            soundfile.write(folder / f"{split}{number}.wav", sound(kind, rng), RATE)
+            rows.append(f"{split}{number}.wav,{kind},{split}")
+    (folder / "sounds.csv").write_text("\n".join(rows) + "\n")
+    return folder / "sounds.csv"

@@ -10,7 +10,6 @@ a run gives the same weights, bit for bit; at another world size it learns from 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -18,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from signal import SIGTERM
 
 import deepspeed
@@ -35,11 +33,11 @@ from msm_dist.engine.runfolder import compare_config, compare_plan, locked, reco
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, describe_engine, fitting_memory, rehearse, set_lr
-from msm_dist.environment import device_name, environment
+from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.evaluate import classifier
 from msm_dist.evaluate.augment import Order, clip_weights, mask_spectrogram, num_kept
-from msm_dist.evaluate.classifier import Classifier, Head, clip_spectrogram, layer_groups
+from msm_dist.evaluate.classifier import Head, clip_spectrogram, layer_groups
 from msm_dist.evaluate.finetune_config import MAY_CHANGE, FinetuneConfig, batch_layout, read_config
 from msm_dist.evaluate.finetune_data import (
     Cut,
@@ -50,29 +48,16 @@ from msm_dist.evaluate.finetune_data import (
     num_batches,
     open_task,
 )
+from msm_dist.evaluate.finetune_report import RESULTS, announcement, results_of, summary
+from msm_dist.evaluate.finetune_start import Start, length_of, made_up, new_classifier, read_start
 from msm_dist.evaluate.scores import SCORES
 from msm_dist.features import LogMel
 from msm_dist.feed import Feed, GivenUp
 from msm_dist.files import write_atomically
-from msm_dist.model import weights
-from msm_dist.model.tensors import differences
-from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, weights_folder
+from msm_dist.model.weights import WeightsInfo
 from msm_dist.profiling import part
-from msm_kernels.backend import describe
 
 CLIP_KEYS_SHOWN = 8
-RESULTS = "results.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights that fine-tuning starts from."""
-
-    encoder: dict[str, torch.Tensor]
-    decoder: dict[str, torch.Tensor]
-    """Goes into the export as it is, for the encoder to be read as any other."""
-    info: WeightsInfo
-    digest: str
 
 
 @dataclass
@@ -290,18 +275,7 @@ def finish(run: Finetuning) -> None:
     judged = JudgedClips(clips, run.cut, cfg.train.micro_batch, run.world.rank, run.world.size)
     with contextlib.closing(start_loader(judged, cfg.data.num_workers)) as loader:
         values = judge(run, loader, len(clips))
-    results = {
-        "task": labelled.task.name,
-        "fold": cfg.data.fold,
-        "step": run.step,
-        "test_clips": len(clips),
-        "classes": len(labelled.task.labels),
-        "classes_judged": len({label for clip in clips for label in clip.labels}),
-        "weights": {"origin": run.start.info.origin, "sha256": run.start.digest},
-        **{f"test_{name}": value for name, value in values.items()},
-    }
-    if (official := labelled.task.official) is not None:
-        results["official"] = f"{len(clips):,} of {official.clips:,} clips of {', '.join(official.tables)}"
+    results = results_of(cfg, labelled, run.start, run.step, values)
     # Every rank takes part; one keeps them.
     trained = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
     origin = {
@@ -314,48 +288,7 @@ def finish(run: Finetuning) -> None:
     exported = run.world.on_main(lambda: classifier.save(folder / "export", trained, run.start.decoder, info, run.head))
     run.world.on_main(lambda: write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n"))
     if run.world.is_main:
-        print(summary(run, results, exported), flush=True)
-
-
-def summary(run: Finetuning, results: dict[str, object], exported: Path) -> str:
-    """The scores on the test clips, and where things are."""
-    folder = run.cfg.run.folder
-    scores = "  ".join(f"{name} {results[f'test_{name}']:.4f}" for name in run.labelled.task.scores)
-    places = {
-        "test": f"{scores}  ({results.get('official') or results['test_clips']} clips)",
-        "results": folder / RESULTS,
-        "classifier": exported,
-        "checkpoint": folder / "checkpoints" / checkpoint.checkpoint_name(run.step),
-        "TensorBoard": f"tensorboard --logdir {run.cfg.run.dir}",
-    }
-    head = f"\n{folder} is finished: {run.step} steps are done (more with train.steps=N)"
-    return "\n".join([head, *(f"  {name:<12} {place}" for name, place in places.items())])
-
-
-def read_start(cfg: FinetuneConfig) -> Start:
-    """The weights to start from, their digest. Raises CheckpointError."""
-    folder = weights_folder(cfg.weights)
-    tensors, info = weights.read(folder)
-    try:
-        with (folder / WEIGHTS_FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: can't be read ({error.strerror})") from None
-    encoder = {name: value for name, value in tensors.items() if name.startswith("encoder.")}
-    decoder = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
-    return Start(encoder, decoder, info, digest)
-
-
-def new_classifier(cfg: FinetuneConfig, start: Start, head: Head) -> Classifier:
-    """The weights' encoder with a fresh head. Raises ConfigError, CheckpointError."""
-    how = {"backend": cfg.model.backend, "activation_checkpointing": cfg.model.activation_checkpointing}
-    model = Classifier(start.info.model.model_copy(update=how), start.info.features, head, cfg.seed)
-    if found := differences(
-        start.encoder, {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}
-    ):
-        raise CheckpointError(f"{cfg.weights}: its encoder is not that of its configuration; {found}")
-    model.load_state_dict(start.encoder, strict=False)
-    return model
+        print(summary(cfg, results, exported), flush=True)
 
 
 def build(
@@ -430,65 +363,6 @@ def build(
         rate,
         step,
     )
-
-
-def made_up(
-    cfg: FinetuneConfig, cut: Cut, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Arguments of the model for a micro-batch of noise, of as many patches as training has."""
-    batch, (rows, columns) = cfg.train.micro_batch, num_kept(cfg.augment, cut.grid)
-    noise = torch.randn(batch, 1, *cut.spectrogram, generator=torch.Generator().manual_seed(0)).to(device)
-    targets = torch.full((batch, cut.num_classes), 1 / cut.num_classes, device=device)
-    if (rows, columns) == cut.grid:
-        return noise, targets, None
-    kept = torch.arange(rows)[:, None] * cut.grid[1] + torch.arange(columns)
-    return noise, targets, kept.reshape(1, -1).repeat(batch, 1).to(device)
-
-
-def length_of(cfg: FinetuneConfig, num_clips: int) -> tuple[int, float]:
-    """Steps of the run, and of its warm-up. Raises ConfigError where the warm-up takes all of it."""
-    steps_per_epoch = num_clips / cfg.train.global_batch
-    total = cfg.train.steps or max(1, math.ceil(cfg.train.epochs * steps_per_epoch))
-    warmup = cfg.optim.warmup_steps
-    warmup = (cfg.optim.warmup_epochs or 0) * steps_per_epoch if warmup is None else warmup
-    if warmup >= total:
-        raise ConfigError(
-            f"optim.warmup_steps, warmup_epochs: {warmup:.0f} steps of warm-up in a run of {total} steps; lower it"
-        )
-    return total, warmup
-
-
-def announcement(
-    cfg: FinetuneConfig,
-    world: World,
-    labelled: LabelledTask,
-    start: Start,
-    engine: str,
-    saved: checkpoint.Saved | None,
-    total_steps: int,
-) -> str:
-    """What is about to run, and from where."""
-    task, parts, info = labelled.task, labelled.parts, start.info
-    kind = "multi-label" if task.multilabel else "one label a clip"
-    grid = classifier.clip_grid(info.model, info.features, labelled.num_samples)
-    lines = [
-        f"run        {cfg.run.folder}, {'continued from ' + str(saved.folder) if saved else 'from step 0'}, to step "
-        f"{total_steps}",
-        f"machine    {world.size} x {device_name(world.device)}, {cfg.train.precision}, {engine}, "
-        f"{describe(cfg.model.backend, world.device)}",
-        f"weights    {cfg.weights}, sha256 {start.digest[:12]}; trained on {info.crop_frames} frames, positions "
-        f"{cfg.model.positions} for {grid.frames}",
-        f"task       {task.name}: {len(task.labels)} classes, {kind}, judged by {task.scores[0]}"
-        + (f", fold {cfg.data.fold}" if cfg.data.fold is not None else ""),
-        f"clips      {len(parts.train)} to train on, {len(parts.valid)} to validate on, {len(parts.test)} to be judged "
-        f"on, {labelled.num_samples / labelled.sample_rate:.2f} s each",
-    ]
-    if world.size == 1 and torch.cuda.device_count() > 1:
-        lines.append(
-            f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "
-            "deepspeed --module msm_dist.evaluate.finetune RUN DATA"
-        )
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:

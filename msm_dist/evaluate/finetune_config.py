@@ -125,7 +125,8 @@ class FinetuneConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     """Key of the head's initial weights, the order, and all augmentation."""
     weights: str
     """A pre-training run's folder, or exported weights."""
-    data: FinetuneData
+    # The task has no default: `read_config` always gives it.
+    data: FinetuneData = FinetuneData.model_construct()
     """Clips and labels."""
     model: FinetuneModel = FinetuneModel()
     """Encoder and head."""
@@ -219,7 +220,7 @@ def _conflicts(cfg: FinetuneConfig) -> Iterable[str]:
 
 def _name(weights: str, task: str, fold: Any) -> str:
     """A run's name after what it is made of, in the letters that a name may have."""
-    data = task.rstrip("/").partition(":")[0] if re.match(r"\w+:", task) else Path(task).stem
+    data = task.partition(":")[0] if re.match(r"\w+:", task) else Path(task).name.removesuffix(".csv")
     folder = Path(weights).resolve()
     parts = [
         folder.parent.name if folder.name == "export" else folder.name,

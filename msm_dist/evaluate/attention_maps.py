@@ -1,8 +1,8 @@
 """`msm-dist attention`: where the heads of a trained encoder look, over the spectrogram.
 
 In: weights, audio files. Out: for each file a PNG with the self-attention of chosen layers and heads, as a query sees
-it: the CLS token, one patch, or the mean over all patches. The weights are computed by a plain softmax from the queries and
-keys of each block, not taken from a fused kernel, which never holds them. Fails with CheckpointError, DataError and
+it: the CLS token, one patch, or the mean over all patches. The weights are computed by a plain softmax from the queries
+and keys of each block, not taken from a fused kernel, which never holds them. Fails with CheckpointError, DataError and
 ConfigError.
 
 Legend: B clips, F mel bands, T frames, P prefix tokens (1 with CLS), L = Fg * Tg patches, N = P + L tokens, H heads.

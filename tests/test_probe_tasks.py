@@ -240,6 +240,17 @@ def test_the_same_draw_in_all_classes_has_the_same_average_spectrum(name):
     assert np.abs(full[0] - full[1]).mean() > 5 * between_classes
 
 
+@pytest.mark.parametrize("name", ["am_rate", "fm_rate"])
+def test_rates_of_the_same_draws_have_the_same_spectrum_on_average(name):
+    """Swings begin and end anywhere, so single clips differ; their mean and deviation do not lean with the class."""
+    labels = range(len(TASKS[name].labels))
+    clips = [[log_mel(make_clip(name, 5, "train", number, label)[0]) for label in labels] for number in range(12)]
+    averages = np.array([[(clip.mean(1), clip.std(1)) for clip in draw] for draw in clips])
+    between_clips = averages.mean(1).std(0).mean(1)
+    leaning = np.abs((averages - averages.mean(1, keepdims=True)).mean(0)).mean(2)
+    assert (leaning < 0.03 * between_clips).all()
+
+
 def test_classes_are_the_same_parts_in_other_places():
     for parts in (list(CONTOURS.values()), [order.split("_") for order in VOWEL_ORDERS]):
         assert len({tuple(part) for part in parts}) == len(parts)

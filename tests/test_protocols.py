@@ -115,6 +115,22 @@ def test_epoch_kept_is_the_best_on_validation_clips():
     assert chosen["valid"] < 0.6
 
 
+def test_scores_are_those_of_the_epoch_kept(monkeypatch):
+    given = problem(signal=2.0)
+    given.targets[PARTS.valid] = np.roll(given.targets[PARTS.valid], 1, axis=1)
+    kept = linear(given, 0, rates=(3e-3,))
+    monkeypatch.setattr(protocols, "LINEAR_EPOCHS", kept.chosen["epoch"])
+    assert np.array_equal(linear(given, 0, rates=(3e-3,)).scores, kept.scores)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "hear", "knn"])
+def test_vectors_beyond_memory_give_the_same(protocol, monkeypatch):
+    given = problem()
+    expected = fit(protocol, given, seed=0, point=POINT).scores
+    monkeypatch.setattr(protocols, "WHOLE_VALUES", 0)
+    np.testing.assert_allclose(fit(protocol, given, seed=0, point=POINT).scores, expected, atol=1e-6)
+
+
 def test_training_ends_after_the_patience(monkeypatch):
     calls = []
     monkeypatch.setattr(protocols, "_judge", lambda *given: (calls.append(1), (0.5 - len(calls), 0.0))[1])

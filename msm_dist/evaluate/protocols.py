@@ -37,6 +37,8 @@ HEAR_WIDTH, HEAR_DROPOUT = 1024, 0.1
 NEIGHBOURS = 10
 TIE_BREAK = 1e-6
 ROWS_AT_ONCE = 4096
+WHOLE_VALUES = 2**27
+"""N x E that are standardised as a whole, half a gigabyte; more go batch by batch."""
 
 
 class HearPoint(NamedTuple):
@@ -181,12 +183,20 @@ class _Rows:
         self.targets = torch.from_numpy(problem.targets)
         self.mean, self.inverse_std = (value.to(problem.device) for value in scale)
         self.num_inputs, self.num_classes = problem.vectors.shape[1], problem.targets.shape[1]
+        self.whole = self._scaled(problem.vectors) if problem.vectors.numel() <= WHOLE_VALUES else None
 
     def batches(self, places: np.ndarray | Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(vectors [B, E], targets [B, C]) of clips, `size` at a time."""
         for some in torch.as_tensor(places).split(size):
-            x = self.problem.vectors[some].to(self.problem.device)
-            yield (x - self.mean) * self.inverse_std, self.targets[some].to(self.problem.device)
+            x = (
+                self._scaled(self.problem.vectors[some])
+                if self.whole is None
+                else self.whole[some.to(self.mean.device)]
+            )
+            yield x, self.targets[some].to(self.mean.device)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x.to(self.mean.device) - self.mean) * self.inverse_std
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over clips: cross entropy, or over clips and classes of a sigmoid each."""

@@ -221,10 +221,11 @@ def _metadata(
 def _report(request: Embed, encoder: Encoder, file: EmbeddingFile, left_out: Sequence[LeftOut]) -> str:
     mean, std = encoder.statistics or (None, None)
     statistics = "of each batch" if mean is None else f"mean {mean:.4f}, std {std:.4f}"
-    hours = sum(file.num_steps) * float(encoder.centres_ms(2).diff()) / 3.6e6
+    seconds = sum(file.num_steps) * float(encoder.centres_ms(2).diff()) / 1000
+    length = f"{seconds:.1f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h"
     what = f"{sum(file.num_steps)} time steps" if request.frames else "one vector each"
     lines = [
-        f"{request.out}: {len(file.keys)} clips, {hours:.2f} h, {what}, E = {encoder.embedding_size}",
+        f"{request.out}: {len(file.keys)} clips, {length}, {what}, E = {encoder.embedding_size}",
         f"weights        {request.model}, encoder {encoder.digest()[:16]}, on {encoder.device}",
         f"normalization  {encoder.normalization}, {statistics}",
     ]

@@ -1,5 +1,7 @@
 """Classifiers on fixed vectors: what they learn, what they choose by, and that nothing else has a say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,13 @@ def test_vectors_far_from_zero_are_standardised_exactly():
     moving = x.std(0) > 0
     np.testing.assert_allclose(mean.numpy(), x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(inverse.numpy()[moving], 1 / x.std(0)[moving], rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", ["linear", "hear", "knn"])
+def test_gpu_decides_as_the_cpu(protocol):
+    given = problem(signal=2.0)
+    expected = fit(protocol, given, seed=0, point=POINT).scores
+    found = fit(protocol, replace(given, device="cuda"), seed=0, point=POINT).scores
+    # Dropout draws other numbers on a GPU.
+    assert np.mean(found.argmax(1) == expected.argmax(1)) > (0.6 if protocol == "hear" else 0.95)

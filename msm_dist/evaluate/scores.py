@@ -60,7 +60,7 @@ def d_prime(scores: np.ndarray, targets: np.ndarray) -> float:
     """The mean over classes of sqrt(2) * the normal quantile of the area; infinite for a perfect one."""
     import torch
 
-    return float(torch.special.ndtri(torch.tensor(_areas(scores, targets))).mean()) * math.sqrt(2)
+    return float(torch.special.ndtri(torch.tensor(_areas(scores, targets), dtype=torch.float64)).mean()) * math.sqrt(2)
 
 
 SCORES: dict[str, Score] = {

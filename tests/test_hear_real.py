@@ -6,7 +6,11 @@ HEAR_MODEL names, else on random ones of the quickstart's geometry: these tasks 
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +22,13 @@ from msm_dist.config import Features, load_config
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, save
-from tests.hear_tasks import write_tasks
+from tests.kit_tasks import write_tasks
 from tools.hear_env import ROOT, environment
 
 pytestmark = [pytest.mark.hear, pytest.mark.timeout(1800)]
 
 MODULE = "msm_dist.evaluate.hear"
+PAGE = ROOT / "docs" / "hear.md"
 # What a predictor gets that learned nothing: a third of the clips, half of the labels, no onset.
 BETTER_THAN_CHANCE = {"tones-v1-tiny": 0.7, "layers-v1-tiny": 0.75, "events-v1-tiny": 0.5}
 BROKEN = f"""
@@ -57,22 +62,22 @@ def tasks(tmp_path_factory, encoder):
 
 
 @pytest.fixture(scope="module")
-def embeddings(tasks, weights):
-    run_tool(tasks.parent, "-m", "heareval.embeddings.runner", MODULE, "--model", weights, "--tasks-dir", tasks)
-    return tasks.parent / "embeddings" / MODULE
+def report(tasks, weights):
+    """What the page's commands for the full task set print, over the tiny tasks and with a shorter search."""
+    block = re.search(r"(?m)^    MSM=.*\n((?:    .*\n)+)", PAGE.read_text(encoding="utf-8"))[1]
+    script = block.replace("$MSM/build/hear/venv", os.environ["HEAR_VENV"])
+    script = script.replace("predict.py ", "predict.py --grid-points 2 ")
+    places = {"MSM": ROOT, "MODEL": weights, "TASKS": tasks, "OUT": tasks.parent / "out", "CUDA_VISIBLE_DEVICES": ""}
+    return run_block(script, **{name: str(place) for name, place in places.items()})
 
 
 @pytest.fixture(scope="module")
-def scores(embeddings, tasks):
-    folders = sorted(folder.relative_to(tasks.parent) for folder in embeddings.iterdir())
-    run_tool(tasks.parent, ROOT / "tests" / "hear" / "predict.py", "--grid-points", 2, *folders)
-    return {folder.name: read_json(embeddings / folder.name / "test.predicted-scores.json") for folder in folders}
+def embeddings(tasks, report):
+    return tasks.parent / "out" / "embeddings" / MODULE
 
 
-def test_hear_validator_finds_no_fault(weights, tmp_path):
-    report = validate(MODULE, tmp_path, "--model", str(weights))
-    assert report.returncode == 0, report.stdout + report.stderr
-    assert "Looks good!" in report.stdout
+def test_hear_validator_finds_no_fault(report):
+    assert "Looks good!" in report
 
 
 def test_hear_validator_takes_the_weights_that_a_variable_names(weights, tmp_path):
@@ -118,17 +123,32 @@ def test_the_kit_labels_every_time_step_by_its_centre(embeddings, tasks, encoder
     assert labelled > 100
 
 
-def test_the_kit_scores_every_task_well_above_chance(scores):
+def test_the_kit_scores_every_task_well_above_chance(embeddings, report):
+    tasks = BETTER_THAN_CHANCE.keys()
+    scores = {task: read_json(embeddings / task / "test.predicted-scores.json") for task in tasks}
     values = {}
     for task, of_task in scores.items():
         folds = [of_fold["test_score"] for name, of_fold in of_task.items() if name.startswith(("test", "fold"))]
         assert len(folds) == (3 if task.startswith("layers") else 1)
         values[task] = np.mean(folds)
+        assert f"{task}/test.predicted-scores.json:" in report
     print(values)
-    assert values.keys() == BETTER_THAN_CHANCE.keys()
     assert all(BETTER_THAN_CHANCE[task] < value <= 1 for task, value in values.items()), values
     events = scores["events-v1-tiny"]["test"]
     assert events["test_segment_1s_er"] < 0.5
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
+def test_the_page_resamples_what_is_published_at_48_khz(tmp_path):
+    task = write_tasks(tmp_path / "tasks", 48000) / "tones-v1-tiny"
+    for other in ("layers", "events"):
+        shutil.rmtree(tmp_path / "tasks" / f"{other}-v1-tiny")
+    block = re.search(r"(?m)^    cd /data/hear/tasks\n((?:    .*\n)+)", PAGE.read_text(encoding="utf-8"))[1]
+    run_block(f"cd {shlex.quote(str(tmp_path / 'tasks'))}\n{block}")
+    for split, count in (("train", 30), ("valid", 12), ("test", 24)):
+        made = [soundfile.info(path) for path in (task / "16000" / split).iterdir()]
+        found = {(info.samplerate, info.frames, info.channels, info.subtype) for info in made}
+        assert len(made) == count and found == {(16000, 16000, 1, "PCM_16")}
 
 
 def validate(module: str, folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -140,12 +160,13 @@ def validate(module: str, folder: Path, *options: str, **variables: str) -> subp
     return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
 
 
-def run_tool(folder: Path, *arguments: object) -> None:
-    """A script or module with the interpreter of the HEAR tools. Fails with its output."""
-    python = Path(os.environ["HEAR_VENV"]) / "bin" / "python"
-    own = environment() | {"CUDA_VISIBLE_DEVICES": ""}
-    child = subprocess.run([str(python), *map(str, arguments)], cwd=folder, env=own, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
+def run_block(script: str, **variables: str) -> str:
+    """What commands of the page print. Fails with it."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = ["bash", "-euo", "pipefail", "-c", textwrap.dedent(script)]
+    child = subprocess.run(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert child.returncode == 0, child.stdout[-6000:]
+    return child.stdout
 
 
 def stamps_of(folder: Path, split: str, name: str) -> list[float]:

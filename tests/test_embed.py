@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from msm_dist.cli import main
 from msm_dist.config import Features, Model
-from msm_dist.data.index import load_index
+from msm_dist.data.audio import BadClip
+from msm_dist.data.index import load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.data.repack import repack
 from msm_dist.errors import CheckpointError, ConfigError, DataError
@@ -25,7 +27,7 @@ from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.recordings import read_audio
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, save
-from tests.audio_files import noise, write_audio
+from tests.audio_files import encode, noise, write_audio
 from tests.bad_clips import break_clip
 
 RATE = 16000
@@ -241,6 +243,42 @@ def test_a_damaged_clip_of_a_shard_is_left_out(tmp_path, weights, shards):
     found = run(weights, tmp_path / "y.npz", copy)
     assert [entry["key"] for entry in about(found)["left_out"]] == [damaged]
     assert found["keys"].tolist() == [key for key in whole["keys"].tolist() if key != damaged]
+
+
+def test_a_clip_that_is_no_longer_the_one_that_was_indexed_is_left_out(tmp_path, weights, shards):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    shard = load_index(copy).shards[0]
+    row = members(shard)[0]
+    with shard.path.open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(encode(noise(4000)).ljust(int(row["size"]), b"\0"))
+    left_out = about(run(weights, tmp_path / "x.npz", copy))["left_out"]
+    assert [entry["key"] for entry in left_out] == [row["key"].decode()]
+    assert left_out[0]["reason"].startswith("changed (4000 samples")
+
+
+def test_a_long_recording_is_a_batch_by_itself(tmp_path, monkeypatch, weights, folder):
+    alone = run(weights, tmp_path / "x.npz", folder, normalization="batch", batch_size=1)["embeddings"]
+    for part in (module, inputs):
+        monkeypatch.setattr(part, "LONG_SECONDS", 1)
+    found = run(weights, tmp_path / "y.npz", folder, normalization="batch")["embeddings"]
+    np.testing.assert_allclose(found, alone, atol=1e-4)
+
+
+def test_a_clip_that_fails_on_its_way_leaves_nothing_in_the_file(tmp_path):
+    def pieces(fails):
+        yield np.ones((2, 3), np.float32)
+        if fails:
+            raise BadClip("truncated", "in the middle")
+
+    with EmbeddingFile(tmp_path / "x.npz", (3,), per_frame=True) as file:
+        for key, fails in (("a", False), ("b", True), ("c", False)):
+            with pytest.raises(BadClip) if fails else nullcontext():
+                file.add(key, pieces(fails))
+        file.finish({}, np.arange(2.0))
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as found:
+        assert found["keys"].tolist() == ["a", "c"]
+        assert found["frames"].shape == (4, 3)
 
 
 def test_where_nothing_can_be_embedded_nothing_is_written(tmp_path, weights):

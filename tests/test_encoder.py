@@ -24,6 +24,10 @@ from msm_dist.model.weights import WeightsInfo, save
 RATE = 16000
 WIDTH = 192
 INFO = WeightsInfo(Model(size="tiny"), Features(mean=-6.5, std=3.5), 208)
+SMALL = replace(
+    INFO,
+    model=Model(embed_dim=32, depth=2, num_heads=1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=1),
+)
 MIXED = torch.tensor([48000, 16000, 1, 33280, 33281, 20000])
 """Lengths of clips in samples."""
 
@@ -160,8 +164,8 @@ def test_clips_of_mixed_lengths_are_encoded_as_each_is_alone(encoder):
 
 
 @pytest.mark.parametrize("rate", [RATE, 44100])
-def test_one_chunk_at_a_time_gives_the_same_bits_in_any_batch(encoder, rate):
-    one = Encoder(model_of(INFO), INFO, chunk_batch=1)
+def test_one_chunk_at_a_time_gives_the_same_bits_in_any_batch(rate):
+    one, encoder = (Encoder(model_of(SMALL), SMALL, chunk_batch=size) for size in (1, 4))
     lengths = MIXED * rate // RATE
     waveform = noise(len(MIXED), int(lengths.max()))
     frames = one.encode(waveform, rate, lengths)
@@ -220,17 +224,33 @@ def test_lengths_that_are_not_those_of_the_clips_are_an_error(encoder, lengths):
         (299_520, RATE, 33280, 3),
         (400_000, 44100, 5000, 2),
         (160_000, RATE, 160_000, 1),
+        (400_000, RATE, 170_000, 2),
     ],
 )
 def test_a_stream_gives_what_the_whole_recording_gives(num_samples, rate, block, chunk_batch):
-    encoder = Encoder(model_of(INFO), INFO, chunk_batch=chunk_batch)
+    encoder = Encoder(model_of(SMALL), SMALL, chunk_batch=chunk_batch)
     waveform = noise(1, num_samples)
     pieces = list(encoder.stream(waveform[0].split(block), rate))
     assert torch.equal(torch.cat(pieces), encoder.encode(waveform, rate)[0])
 
 
-def test_a_stream_gives_vectors_as_they_are_ready(encoder):
-    one = Encoder(model_of(INFO), INFO, chunk_batch=1)
+def test_a_stream_runs_its_chunks_in_the_groups_of_the_whole_recording(monkeypatch):
+    encoder = Encoder(model_of(SMALL), SMALL, chunk_batch=2)
+    groups = []
+    encode = encoder._encode
+    monkeypatch.setattr(
+        encoder, "_encode", lambda windows, *rest: groups.append(len(windows)) or encode(windows, *rest)
+    )
+    waveform = noise(1, 400_000)
+    encoder.encode(waveform, RATE)
+    whole = groups.copy()
+    groups.clear()
+    list(encoder.stream(waveform[0].split(190_000), RATE))
+    assert groups == whole == [2, 2, 2, 2, 2, 2, 1]
+
+
+def test_a_stream_gives_vectors_as_they_are_ready():
+    one = Encoder(model_of(SMALL), SMALL, chunk_batch=1)
     given = itertools.count(1)
     stream = one.stream((noise(1, 8000, seed=next(given))[0] for _ in itertools.count()), RATE, layer=1)
     assert next(stream).shape == (13, one.embedding_size)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from msm_dist.data.audio import resample
+from msm_dist.data.audio import resample, resample_blocks
 from msm_dist.errors import DataError
 from msm_dist.evaluate.recordings import read_audio, read_blocks
 from tests.audio_files import CODECS, bad_files, encode, noise, write_audio
@@ -58,6 +58,15 @@ def test_blocks_are_the_recording(tmp_path, monkeypatch, codec, rate):
     blocks = list(read_blocks(path, RATE))
     assert len(blocks) >= 5
     np.testing.assert_array_equal(np.concatenate(blocks), read_audio(path, RATE)[0])
+
+
+@pytest.mark.parametrize("rate", [1000, 11025, 44100, 48000, 96001])
+@pytest.mark.parametrize("length", [1, 2, 7, 999, 20011])
+def test_blocks_are_resampled_to_the_very_samples_of_the_whole(rate, length):
+    waveform = noise(length).astype(np.float32) / 32768
+    blocks = np.array_split(waveform, min(length, 5))
+    found = np.concatenate(list(resample_blocks(blocks, rate, RATE)))
+    np.testing.assert_array_equal(found, resample(waveform, rate, RATE))
 
 
 def test_blocks_of_a_loud_recording_share_one_gain(tmp_path, monkeypatch):

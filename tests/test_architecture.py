@@ -30,6 +30,7 @@ ENCODER_MODULES = (
     "msm_dist.model.mae",
     "msm_dist.model.weights",
     "msm_dist.evaluate.encoder",
+    "msm_dist.evaluate.embed",
 )
 TRAINING_PACKAGES = ("deepspeed", "triton", "webdataset", "submitit", "tensorboard", "matplotlib")
 

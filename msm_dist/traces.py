@@ -119,7 +119,7 @@ def traces(folder: Path, now: float) -> Traces:
         started=started,
         saved_step=saved,
         diverged_step=(_whole(diverged.get("step")) or -1) if is_diverged else None,
-        is_exported=all(_changed(folder / "export" / name) for name in ("config.json", "model.safetensors")),
+        is_exported=any(map(_is_exported, (folder / "export", folder / "export" / "classifier"))),
         is_begun=any(_changed(folder / name) for name in ("config.yaml", "metrics.jsonl", "lock.json")),
         is_locked=heartbeat is not None,
         is_alive=heartbeat is not None and _is_alive(owner, now - heartbeat),
@@ -151,6 +151,10 @@ def _total_steps(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> int | 
         return None
     epochs, clips, crops, batch = numbers
     return math.ceil(epochs * (clips * crops / batch))
+
+
+def _is_exported(folder: Path) -> bool:
+    return all(_changed(folder / name) for name in ("config.json", "model.safetensors"))
 
 
 def _last_lines(path: Path, is_validated: Any) -> tuple[dict[str, Any], dict[str, Any], int | None]:

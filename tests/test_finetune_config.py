@@ -1,11 +1,16 @@
 """Settings of fine-tuning: what is wrong is said at once, with the way out, and a run has a name of its own."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+from msm_dist.config import flat_items
 from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.errors import ConfigError
 from msm_dist.evaluate.finetune_config import MAY_CHANGE, FinetuneConfig, FinetuneTrain, batch_layout, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(*words):
@@ -91,8 +96,13 @@ def test_setting_that_an_older_run_lacks_has_its_default(tmp_path):
 
 
 def test_every_setting_that_may_change_is_one():
-    from msm_dist.config import flat_items
-
     names = flat_items(config().model_dump())
     assert all(any(name.startswith(start) for name in names) for start in MAY_CHANGE)
     assert all(field.description for field in FinetuneConfig.model_fields.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid_and_run_on_one_process_or_two(path):
+    cfg = read_config("runs/base", "task.csv", [str(path)])
+    for world_size in (1, 2):
+        assert batch_layout(cfg.train, world_size).accumulation >= 1

@@ -18,6 +18,7 @@ from msm_dist.evaluate.finetune_data import (
     num_batches,
     open_task,
     positions_of,
+    spread,
 )
 from tests.labelled import RATE, write_sounds
 
@@ -175,3 +176,10 @@ def test_clip_that_can_not_be_read_is_a_fault_that_names_it(tmp_path):
     loader = start_loader(JudgedClips(labelled.clips(labelled.parts.test), CUT, 4, 0, 1), 0)
     with pytest.raises(DataError, match="test1.wav: can't be read as audio"):
         next(loader)
+
+
+def test_a_part_of_the_clips_is_spread_over_all_of_them():
+    numbers = np.arange(100, 200)
+    assert spread(numbers, 4).tolist() == [100, 125, 150, 175]
+    assert spread(numbers, 500).tolist() == numbers.tolist()
+    assert len(set(spread(numbers, 33).tolist())) == 33

@@ -47,6 +47,7 @@ from msm_dist.evaluate.finetune_data import (
     TrainingClips,
     num_batches,
     open_task,
+    spread,
 )
 from msm_dist.evaluate.finetune_report import RESULTS, announcement, results_of, summary
 from msm_dist.evaluate.finetune_start import Start, length_of, made_up, new_classifier, read_start
@@ -77,6 +78,7 @@ class Finetuning:
     front_end: LogMel
     valid: Loader
     """The validation clips, over and over."""
+    num_valid: int
     monitor: monitor.Monitor
     saver: Saver
     interruption: preempt.Interruption
@@ -229,7 +231,7 @@ def flops_per_clip(run: Finetuning) -> float:
 
 def validate(run: Finetuning) -> None:
     """Loss and scores on the validation clips. A collective."""
-    values = judge(run, run.valid, len(run.labelled.parts.valid))
+    values = judge(run, run.valid, run.num_valid)
     run.monitor.valid(run.step, {f"valid_{name}": value for name, value in values.items()})
 
 
@@ -334,7 +336,7 @@ def build(
     else:
         state.reset(engine, initial)
     step = saved.step if saved else 0
-    valid_clips = labelled.clips(labelled.parts.valid)
+    valid_clips = labelled.clips(spread(labelled.parts.valid, cfg.train.valid_clips))
     valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
@@ -357,6 +359,7 @@ def build(
         engine,
         LogMel(features).to(world.device),
         start_loader(valid, cfg.data.num_workers),
+        len(valid_clips),
         metrics,
         saver,
         interruption,

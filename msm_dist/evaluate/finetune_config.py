@@ -114,6 +114,8 @@ class FinetuneTrain(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False,
     """Steps between metric lines."""
     valid_every: int = Field(500, ge=1)
     """Steps between validations."""
+    valid_clips: int = Field(4096, ge=1)
+    """Validation clips that are used, taken evenly from among them."""
 
 
 class FinetuneConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
@@ -124,7 +126,7 @@ class FinetuneConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     seed: int = Field(0, ge=0, lt=2**63)
     """Key of the head's initial weights, the order, and all augmentation."""
     weights: str
-    """A pre-training run's folder, or exported weights."""
+    """A pre-training run's folder, exported weights, or hf://owner/name."""
     # The task has no default: `read_config` always gives it.
     data: FinetuneData = FinetuneData.model_construct()
     """Clips and labels."""
@@ -165,6 +167,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.log_every",
     "train.valid_every",
+    "train.valid_clips",
     "checkpoint.",
     "engine.",
 )

@@ -224,6 +224,11 @@ def num_batches(num_clips: int, size: int, world_size: int) -> int:
     return -(-num_clips // (size * world_size))
 
 
+def spread(numbers: np.ndarray, count: int) -> np.ndarray:
+    """So many of the numbers [n], evenly from beginning to end; all where there are no more."""
+    return numbers[np.arange(min(count, len(numbers))) * len(numbers) // min(count, len(numbers))]
+
+
 def target_of(clip: TaskClip, num_classes: int) -> np.ndarray:
     """float32 [C] of zeros and ones."""
     target = np.zeros(num_classes, np.float32)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.evaluate import hub
 from msm_dist.evaluate.augment import num_kept
 from msm_dist.evaluate.classifier import Classifier, Head
 from msm_dist.evaluate.finetune_config import FinetuneConfig
@@ -33,7 +34,7 @@ class Start:
 
 def read_start(cfg: FinetuneConfig) -> Start:
     """The weights to start from, their digest. Raises CheckpointError."""
-    folder = weights_folder(cfg.weights)
+    folder = hub.download(cfg.weights) if cfg.weights.startswith(hub.SCHEME) else weights_folder(cfg.weights)
     tensors, info = weights.read(folder)
     try:
         with (folder / WEIGHTS_FILE).open("rb") as file:

@@ -62,7 +62,7 @@ setup(
     # Top-level modules named `kernels` or `configs` would collide with those of unrelated distributions.
     package_dir={"msm_kernels": "kernels", "msm_configs": "configs"},
     package_data={
-        "msm_configs": ["*.yaml", "deepspeed/*.json", "sweeps/*.yaml", "finetune/*.yaml"],
+        "msm_configs": ["*.yaml", "deepspeed/*.json", "sweeps/*.yaml", "finetune/*.yaml", "study/*.yaml"],
         "msm_kernels": ["configurations.json"],
     },
     install_requires=BASE,

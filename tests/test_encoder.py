@@ -271,6 +271,18 @@ def test_a_stream_of_what_is_no_audio_is_an_error(encoder, blocks, message):
         list(encoder.stream(blocks, RATE))
 
 
+def test_a_stream_may_come_in_one_buffer_that_is_filled_again_and_again(encoder):
+    waveform = noise(1, 4000)
+
+    def filled():
+        buffer = np.empty(1000, np.float32)
+        for part in waveform[0].split(1000):
+            buffer[:] = part.numpy()
+            yield buffer
+
+    assert torch.equal(torch.cat(list(encoder.stream(filled(), RATE))), encoder.encode(waveform, RATE)[0])
+
+
 def test_hours_stream_in_the_memory_of_a_minute():
     """A quarter of an hour at 16 kHz is 58 MB in float32, and twice that for its spectra alone in float64."""
     source = """

@@ -155,7 +155,7 @@ class Encoder:
         own = (_checked_clip(block, sample_rate).cpu().float().numpy() for block in blocks)
         held, first, length, frame = [], 0, 0, 0
         for block in resample_blocks(own, sample_rate, self.features.sample_rate):
-            held.append(torch.from_numpy(block))
+            held.append(torch.tensor(block))  # a copy: the caller may fill the same buffer again
             length += len(block)
             ready = (length - window_begin(frame, self.features) - ahead) // (self.features.hop * longest) + 1
             ready -= ready % self.chunk_batch  # as `encode` groups them, so that results are its very bits
@@ -178,7 +178,7 @@ class Encoder:
 
     def padding_mask(self, lengths: Tensor, sample_rate: int) -> Tensor:
         """Which steps of `encode(..., lengths)` a clip is too short for: bool [B, T], True where there is nothing."""
-        steps = self.num_steps(lengths, sample_rate)
+        steps = self.num_steps(torch.as_tensor(lengths).long(), sample_rate)
         return torch.arange(int(steps.max()), device=steps.device) >= steps[:, None]
 
     def timestamps_ms(self, num_steps: int) -> Tensor:

@@ -17,6 +17,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What a launcher sets for a rank, one thread each."""
     return os.environ | {

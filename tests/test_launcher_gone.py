@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,24 @@ def test_streams_are_given_back():
     with outliving_readers(pytest.fail):
         assert isinstance(sys.stdout, Outliving) and isinstance(sys.stderr, Outliving)
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_threads_that_outlive_the_block_hold_nothing_of_a_run():
+    class Told:
+        def __call__(self) -> None:
+            pytest.fail()
+
+    told, done = Told(), threading.Event()
+    ends = weakref.ref(told)
+    with outliving_readers(told):
+        thread = threading.Thread(target=done.wait)  # keeps the sys.stderr that it finds
+        thread.start()
+    try:
+        del told
+        assert ends() is None
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.distributed

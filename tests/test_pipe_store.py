@@ -19,7 +19,7 @@ from msm_dist.data.index import Index, check_shards, load_index, members
 from msm_dist.data.plan import make_plan
 from msm_dist.data.storage import Access, Span, access_of, open_store
 from msm_dist.errors import DataError
-from tests.processes import HERE
+from tests.processes import HERE, is_alive
 from tests.shards import noise_clips, write_corpus
 from tests.test_pretrain import Runs
 
@@ -52,13 +52,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_command_runs_only_where_the_configuration_permits_it(tmp_path):

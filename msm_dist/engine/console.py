@@ -33,6 +33,15 @@ class Outliving:
         with self._dropping():
             self._stream.flush()
 
+    def forget(self) -> None:
+        """Call `gone` no more, and let go of it.
+
+        A Thread keeps the sys.stderr of its birth for as long as it lives. One that ends while the interpreter does
+        would free what `gone` holds, down to torch's process groups, and abort the process (pytorch/pytorch#38228):
+        the exit code that asks for a requeue would be lost.
+        """
+        self._gone = lambda: None
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -53,8 +62,11 @@ class Outliving:
 @contextlib.contextmanager
 def outliving_readers(gone: Callable[[], None]) -> Iterator[None]:
     """Let sys.stdout and sys.stderr outlive their readers for the time of the block; `gone` hears of each end."""
-    with (
-        contextlib.redirect_stdout(Outliving(sys.stdout, gone)),
-        contextlib.redirect_stderr(Outliving(sys.stderr, gone)),
-    ):
-        yield
+    out, err = Outliving(sys.stdout, gone), Outliving(sys.stderr, gone)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        out.forget()
+        err.forget()
+

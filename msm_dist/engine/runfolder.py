@@ -29,6 +29,7 @@ from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.files import write_atomically
 
 HEARTBEAT_SECONDS = 15.0
+HEART_STOPS_SECONDS = 1.0
 DEAD_AFTER_SECONDS = 120.0
 ENDING_SECONDS = 20.0
 TAKEN_EXIT_CODE = 1
@@ -80,11 +81,13 @@ def locked(folder: Path, wait_seconds: float = ENDING_SECONDS) -> Iterator[None]
         ) from None
     mine = _read_owner(path)
     stopped = threading.Event()
-    threading.Thread(target=_beat, args=(path, mine, stopped), daemon=True).start()
+    heart = threading.Thread(target=_beat, args=(path, mine, stopped), daemon=True)
+    heart.start()
     try:
         yield
     finally:
         stopped.set()
+        heart.join(HEART_STOPS_SECONDS)  # a file system that hangs may hold it
         if _read_owner(path) == mine:
             path.unlink(missing_ok=True)
 

@@ -122,6 +122,39 @@ def test_other_sample_rates_are_resampled(encoder):
     assert torch.nn.functional.cosine_similarity(encoder.embed(tone(48000), 48000), expected) > 0.999
 
 
+@pytest.mark.parametrize("rate", [RATE, 22050])
+def test_numpy_arrays_give_what_tensors_give(encoder, rate):
+    waveform, lengths = noise(2, 20000), torch.tensor([20000, 9000])
+    expected = encoder.encode(waveform, rate, lengths)
+    frozen = waveform.numpy().copy()
+    frozen.flags.writeable = False
+    backwards = waveform.flip(0, 1).numpy()[::-1, ::-1]
+    for given in (waveform.numpy(), frozen, backwards, waveform.numpy().astype(">f4"), waveform.tolist()):
+        assert torch.equal(encoder.encode(given, rate, lengths.numpy()), expected)
+    assert torch.equal(encoder.embed(waveform.numpy(), rate), encoder.embed(waveform, rate))
+    single = np.ascontiguousarray(waveform[:1].numpy())[
+        ::-1
+    ]  # one row backwards: contiguous, and yet of no use to torch
+    assert torch.equal(encoder.encode(single, rate), encoder.encode(waveform[:1], rate))
+    assert torch.equal(encoder.encode(waveform, rate, lengths.flip(0).numpy()[::-1]), expected)
+
+
+def test_single_clips_may_be_numpy_arrays_that_run_backwards(encoder):
+    clip = noise(1, 40000)[0]
+    backwards = clip.flip(0).numpy()[::-1]
+    assert torch.equal(encoder.encode_clips([encoder.sound(backwards)])[0], encoder.encode(clip[None], RATE)[0])
+    assert encoder.for_dataset([backwards], RATE).statistics == encoder.for_dataset([clip], RATE).statistics
+    assert torch.equal(torch.cat(list(encoder.stream([backwards], RATE))), encoder.encode(clip[None], RATE)[0])
+
+
+@pytest.mark.parametrize("rate", [RATE, 22050])
+def test_a_waveform_that_requires_a_gradient_is_taken_as_it_is(encoder, rate):
+    waveform = noise(1, 9000)
+    learned = waveform.clone().requires_grad_()
+    assert torch.equal(encoder.encode(learned, rate), encoder.encode(waveform, rate))
+    assert torch.equal(next(encoder.stream([learned[0]], rate)), next(encoder.stream([waveform[0]], rate)))
+
+
 def test_timestamps_are_the_centres_of_the_time_steps(encoder):
     assert encoder.timestamps_ms(3).tolist() == [75.0, 235.0, 395.0]
 
@@ -369,6 +402,12 @@ def test_a_result_says_what_it_was_made_with(encoder):
         ({"normalization": "global"}, "checkpoint, dataset, batch"),
         ({"normalization": "dataset"}, "for_dataset"),
         ({"statistics": Statistics(-7.0, 4.0)}, "normalization = dataset"),
+        ({"normalization": "dataset", "statistics": (math.nan, 4.0)}, "statistics = .*nan"),
+        ({"normalization": "dataset", "statistics": (-7.0, math.inf)}, "statistics = .*inf"),
+        ({"normalization": "dataset", "statistics": (-7.0, 0.0)}, "above 0"),
+        ({"normalization": "dataset", "statistics": (-7.0, -4.0)}, "above 0"),
+        ({"normalization": "dataset", "statistics": (-7.0,)}, "mean and the standard deviation"),
+        ({"normalization": "dataset", "statistics": ("loud", 4.0)}, "finite numbers"),
         ({"device": "gpu"}, "cpu, cuda"),
         ({"device": "cuda:99"}, "torch sees"),
     ],
@@ -376,6 +415,12 @@ def test_a_result_says_what_it_was_made_with(encoder):
 def test_a_setting_that_can_not_be_is_an_error(settings, message):
     with pytest.raises(ConfigError, match=message):
         Encoder(model_of(INFO), INFO, **settings)
+
+
+@pytest.mark.parametrize("statistics", [(math.nan, 4.0), (math.inf, 4.0), (-7.0, 0.0), (-7.0, -4.0), None, (1, 2, 3)])
+def test_statistics_given_by_hand_are_checked(encoder, statistics):
+    with pytest.raises(ConfigError, match="statistics = "):
+        encoder.with_statistics(statistics)
 
 
 def test_a_stream_has_no_batch_to_be_normalised_with():
@@ -412,6 +457,10 @@ def test_a_gpu_gives_what_the_cpu_gives(encoder, layer):
         (torch.zeros(1, 0), RATE, "at least one"),
         (torch.full((1, 16000), math.nan), RATE, "NaN"),
         (torch.zeros(1, 16000), 0, "sample_rate"),
+        (np.zeros((1, 16000), np.int16), RATE, "32768"),
+        (np.full((1, 16000), math.nan), RATE, "NaN"),
+        (["dog.wav"], RATE, "waveform is a list"),
+        (np.array([None]), RATE, "waveform is a ndarray"),
     ],
 )
 def test_a_waveform_that_can_not_be_embedded_is_an_error(encoder, waveform, rate, message):

@@ -1,9 +1,9 @@
 """Audio of any length to embeddings, with a trained encoder and nothing that only training needs.
 
-In: mono waveforms at any rate, whole or as they come, and the weights of a run. Out: a vector per time step, or one per
-clip; a clip's vectors do not depend on the other clips of its batch. The log-mel is cut in chunks as long as the
-model's crops; the last one runs at its own length, with its own columns of the position table (RECIPE of the
-method: features for downstream use). Chunks of one length run together, so that nothing is padded and no mask is
+In: mono waveforms of torch or numpy at any rate, whole or as they come, and the weights of a run. Out: a vector per
+time step, or one per clip; a clip's vectors do not depend on the other clips of its batch. The log-mel is cut in chunks
+as long as the model's crops; the last one runs at its own length, with its own columns of the position table (RECIPE of
+the method: features for downstream use). Chunks of one length run together, so that nothing is padded and no mask is
 needed: a clip among longer ones goes through the very operations that it goes through alone. Memory follows the
 results, not the audio. Fails with CheckpointError on weights that can't be loaded, with DataError on a waveform that
 can't be embedded, with ConfigError on a wrong setting.
@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +26,27 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from msm_dist import __version__
-from msm_dist.data.audio import MAX_RATE, MIN_RATE, num_target_samples, resample, resample_blocks
+from msm_dist.data.audio import num_target_samples, resample, resample_blocks
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate import hub
+from msm_dist.evaluate.checks import (
+    Layer,
+    check_layer,
+    checked_batch,
+    checked_clip,
+    checked_device,
+    checked_finite,
+    checked_lengths,
+    checked_mean_and_std,
+    checked_statistics,
+)
 from msm_dist.evaluate.chunks import Chunk, Clip, Sound, chunks_of, whole_frames, window_begin
-from msm_dist.evaluate.normalization import Statistics, measured
+from msm_dist.evaluate.normalization import Normalization, Statistics, measured
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, load
 
-Normalization = Literal["checkpoint", "dataset", "batch"]
-Layer = int | Literal["all"] | None
+Samples = Tensor | np.ndarray
 CHUNKS_AT_ONCE = 32
 
 
@@ -61,10 +71,10 @@ class Encoder:
         self.info = info
         """What the weights say beside themselves: geometry, front end, crop and origin."""
         self.features = info.features
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
         self.normalization = normalization
         """Whose mean and deviation the input is normalised with; name it with every result."""
-        self.statistics = _checked_statistics(normalization, statistics, info)
+        self.statistics = checked_statistics(normalization, statistics, info)
         """Mean and deviation of the log-mel; None where every batch has its own."""
         self.chunk_batch = max(1, chunk_batch)
         self._grid = model.grid
@@ -92,21 +102,23 @@ class Encoder:
             path = hub.download(str(path))
         return cls(*load(path), device, normalization, statistics, chunk_batch)
 
-    def for_dataset(self, clips: Iterable[Tensor | np.ndarray], sample_rate: int) -> "Encoder":
+    def for_dataset(self, clips: Iterable[Samples], sample_rate: int) -> "Encoder":
         """This encoder, its weights shared, with the statistics of a data set: floating [S] each, measured once here.
 
         The log-mel of the clips themselves counts, no padding, as in training. Raises DataError where all is silence.
         """
-        sounds = (self._at_own_rate(_checked_clip(clip, sample_rate), sample_rate).numpy(force=True) for clip in clips)
+        sounds = (self._at_own_rate(checked_clip(clip, sample_rate), sample_rate).numpy(force=True) for clip in clips)
         return self.with_statistics(measured(sounds, self.features).checked())
 
     def with_statistics(self, statistics: Statistics, normalization: Normalization = "dataset") -> "Encoder":
         """This encoder, its weights shared, with the mean and deviation given."""
         other = copy.copy(self)
-        other.normalization, other.statistics = normalization, Statistics(*statistics)
+        other.normalization, other.statistics = normalization, checked_mean_and_std(statistics)
         return other
 
-    def encode(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None = None, layer: Layer = None) -> Tensor:
+    def encode(
+        self, waveform: Samples, sample_rate: int, lengths: Samples | None = None, layer: Layer = None
+    ) -> Tensor:
         """Vectors over time: floating [B, S] in [-1, 1] at `sample_rate` Hz -> float32 [B, T, E].
 
         One per patch width (160 ms at 16 frames), zeros filling up the last. With `lengths` int64 [B], the samples of
@@ -117,7 +129,7 @@ class Encoder:
         clips = self._clips(waveform, sample_rate, lengths)
         return pad_sequence(self.encode_clips(clips, layer), batch_first=True)
 
-    def embed(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None = None, layer: Layer = None) -> Tensor:
+    def embed(self, waveform: Samples, sample_rate: int, lengths: Samples | None = None, layer: Layer = None) -> Tensor:
         """One vector per clip, the mean of its `encode` over time: [B, S] -> float32 [B, E], or [B, 1 + depth, E]."""
         clips = self._clips(waveform, sample_rate, lengths)
         return torch.stack([frames.mean(dim=0) for frames in self.encode_clips(clips, layer)])
@@ -125,7 +137,7 @@ class Encoder:
     @torch.no_grad()
     def encode_clips(self, clips: Sequence[Clip], layer: Layer = None) -> list[Tensor]:
         """The vectors of clips cut by `chunks`, each float32 [T, E], or [T, 1 + depth, E]."""
-        _check_layer(layer, self.depth)
+        check_layer(layer, self.depth)
         statistics = self.statistics or measured((clip.whole() for clip in clips), self.features)
         width = self._grid.patch[1]
         shape = (1 + self.depth, self.embedding_size) if layer == "all" else (self.embedding_size,)
@@ -142,17 +154,17 @@ class Encoder:
                     found[number][first : first + len(vectors)] = vectors
         return found
 
-    def stream(self, blocks: Iterable[Tensor | np.ndarray], sample_rate: int, layer: Layer = None) -> Iterator[Tensor]:
+    def stream(self, blocks: Iterable[Samples], sample_rate: int, layer: Layer = None) -> Iterator[Tensor]:
         """The vectors of one recording of any length that comes in blocks, floating [S] each: float32 [T, E] pieces.
 
         Joined they are those of `encode`; a piece comes when `chunk_batch` chunks are complete, and memory
         holds no more than these. Raises DataError, ConfigError.
         """
-        _check_layer(layer, self.depth)
+        check_layer(layer, self.depth)
         if self.statistics is None:
             raise ConfigError("normalization = batch: a stream has no batch; use checkpoint, or dataset")
         longest, ahead = self._grid.frames, self.features.crop_samples(self._grid.frames)
-        own = (_checked_clip(block, sample_rate).cpu().float().numpy() for block in blocks)
+        own = (checked_clip(block, sample_rate).cpu().float().numpy() for block in blocks)
         held, first, length, frame = [], 0, 0, 0
         for block in resample_blocks(own, sample_rate, self.features.sample_rate):
             held.append(torch.tensor(block))  # a copy: the caller may fill the same buffer again
@@ -216,17 +228,17 @@ class Encoder:
             digest.update(value.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
         return digest.hexdigest()
 
-    def sound(self, waveform: np.ndarray | Tensor) -> Sound:
+    def sound(self, waveform: Samples) -> Sound:
         """A clip for `encode_clips`: floating [S] at the encoder's own rate, `features.sample_rate`."""
-        return self._sound(_checked_clip(waveform, self.features.sample_rate).float())
+        return self._sound(checked_clip(waveform, self.features.sample_rate).float())
 
     def _sound(self, samples: Tensor, length: int | None = None, first: int = 0) -> Sound:
         return Sound(samples, length or len(samples), self.features, self._grid.patch[1], first)
 
-    def _clips(self, waveform: Tensor, sample_rate: int, lengths: Tensor | None) -> list[Sound]:
-        _check(waveform, sample_rate)
-        own = [waveform.shape[1]] * len(waveform) if lengths is None else _checked_lengths(lengths, waveform)
-        clips = [_checked_finite(clip[:length]) for clip, length in zip(waveform, own, strict=True)]
+    def _clips(self, waveform: Samples, sample_rate: int, lengths: Samples | None) -> list[Sound]:
+        waveform = checked_batch(waveform, sample_rate)
+        own = [waveform.shape[1]] * len(waveform) if lengths is None else checked_lengths(lengths, waveform)
+        clips = [checked_finite(clip[:length]) for clip, length in zip(waveform, own, strict=True)]
         return [self._sound(self._at_own_rate(clip, sample_rate)) for clip in clips]
 
     def _at_own_rate(self, clip: Tensor, sample_rate: int) -> Tensor:
@@ -259,79 +271,3 @@ class Encoder:
     def _over_time(self, tokens: Tensor) -> Tensor:
         """[K, L, D], frequency-major -> [K, Tg, E]."""
         return tokens.unflatten(1, (self._grid.shape[0], -1)).transpose(1, 2).flatten(2)
-
-
-def _check(waveform: Tensor, sample_rate: int) -> None:
-    if waveform.ndim != 2 or not waveform.is_floating_point():
-        raise DataError(
-            f"waveform is {waveform.dtype} {list(waveform.shape)}: must be floating point [clips, samples] "
-            "in [-1, 1]; a single clip is waveform[None], int16 samples are waveform / 32768"
-        )
-    if not waveform.numel():
-        raise DataError(f"waveform is {list(waveform.shape)}: must hold at least one clip and one sample")
-    _check_rate(sample_rate)
-
-
-def _check_rate(sample_rate: int) -> None:
-    if not MIN_RATE <= sample_rate <= MAX_RATE:
-        raise DataError(
-            f"sample_rate = {sample_rate}: must be the rate of the waveform in Hz, {MIN_RATE} to {MAX_RATE}"
-        )
-
-
-def _checked_clip(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
-    """A clip or block [S] that can be encoded."""
-    _check_rate(sample_rate)
-    waveform = torch.as_tensor(waveform)
-    if waveform.ndim != 1 or not waveform.is_floating_point():
-        raise DataError(
-            f"waveform is {waveform.dtype} {list(waveform.shape)}: here it must be floating point [samples] in [-1, 1]"
-        )
-    return _checked_finite(waveform)
-
-
-def _checked_finite(waveform: Tensor) -> Tensor:
-    if not torch.isfinite(waveform).all():
-        raise DataError("waveform holds NaN or infinite samples: leave those clips out")
-    return waveform
-
-
-def _checked_lengths(lengths: Tensor, waveform: Tensor) -> list[int]:
-    found = torch.as_tensor(lengths)
-    most = waveform.shape[1]
-    if found.shape != (len(waveform),) or found.is_floating_point() or not ((found > 0) & (found <= most)).all():
-        raise DataError(
-            f"lengths is {found.dtype} {list(found.shape)}, {found.tolist()[:4]}: must be the samples of each of the "
-            f"{len(waveform)} clips, whole numbers from 1 to {most}"
-        )
-    return found.tolist()
-
-
-def _check_layer(layer: Layer, depth: int) -> None:
-    if layer not in (None, "all") and not (isinstance(layer, int) and 0 <= layer <= depth):
-        raise ConfigError(f'layer = {layer!r}: this encoder has layers 0 to {depth}; or "all"')
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device = {device!r}: must be cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
-        raise ConfigError(f"device = {device}: torch sees {torch.cuda.device_count()} GPUs here; use cpu")
-    return found
-
-
-def _checked_statistics(name: str, statistics: Statistics | None, info: WeightsInfo) -> Statistics | None:
-    """The mean and deviation to normalise with."""
-    if name not in get_args(Normalization):
-        raise ConfigError(f"normalization = {name!r}: must be one of {', '.join(get_args(Normalization))}")
-    if name == "dataset":
-        if statistics is None:
-            raise ConfigError(
-                "normalization = dataset: needs the data set's statistics; Encoder.for_dataset makes them"
-            )
-        return Statistics(*statistics)
-    if statistics is not None:
-        raise ConfigError(f"normalization = {name}: statistics were given, which go with normalization = dataset")
-    return Statistics(info.features.mean, info.features.std) if name == "checkpoint" else None

@@ -5,7 +5,7 @@ the clips' own, as training's are (data/stats.py). Fails with DataError where th
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from msm_dist.data.logmel import code_sums
 from msm_dist.data.stats import LogMelMeter
 from msm_dist.errors import DataError
 
+Normalization = Literal["checkpoint", "dataset", "batch"]
+"""Whose mean and deviation the input of an encoder is scaled by."""
 LEAST_STD = 1e-3
 BLOCK_SECONDS = 60
 

@@ -122,6 +122,17 @@ def test_other_sample_rates_are_resampled(encoder):
     assert torch.nn.functional.cosine_similarity(encoder.embed(tone(48000), 48000), expected) > 0.999
 
 
+def test_an_encoder_goes_to_another_device_and_stays_behind(encoder):
+    mine = encoder.with_statistics((-5.0, 2.0))
+    there = mine.to("meta")
+    assert (there.device.type, there.normalization, there.statistics) == ("meta", "dataset", (-5.0, 2.0))
+    assert there.embed(torch.zeros(1, RATE), RATE).device.type == "meta"
+    assert mine.to("cpu") is mine
+    assert mine.embed(noise(1, RATE), RATE).device.type == "cpu"
+    with pytest.raises(ConfigError, match="torch sees"):
+        mine.to("cuda:99")
+
+
 @pytest.mark.parametrize("rate", [RATE, 22050])
 def test_numpy_arrays_give_what_tensors_give(encoder, rate):
     waveform, lengths = noise(2, 20000), torch.tensor([20000, 9000])
@@ -438,13 +449,14 @@ def test_a_silent_data_set_is_an_error(encoder):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layer", [None, 3, "all"])
 def test_a_gpu_gives_what_the_cpu_gives(encoder, layer):
-    gpu = Encoder(model_of(INFO), INFO, device="cuda")
+    gpu = encoder.to("cuda")
     waveform = noise(len(MIXED), 48000)
     expected = encoder.encode(waveform, RATE, MIXED, layer)
     for given in (waveform, waveform.cuda()):
         found = gpu.encode(given, RATE, MIXED, layer)
         assert found.device.type == "cuda"
         assert (found.cpu() - expected).norm() < 1e-4 * expected.norm()
+    assert torch.equal(encoder.encode(waveform, RATE, MIXED, layer), expected)  # the encoder has stayed where it was
     pieces = list(gpu.stream(waveform[0].split(5000), RATE, layer))
     assert (torch.cat(pieces).cpu() - expected[0]).norm() < 1e-4 * expected[0].norm()
 

@@ -181,8 +181,9 @@ def test_weights_load_from_every_place_of_theirs(weights, model, monkeypatch):
         assert torch.equal(hear.get_scene_embeddings(noise(1, 1), loaded), expected)
 
 
-def test_a_model_computes_where_the_audio_is(weights):
+def test_a_model_computes_where_the_audio_is(weights, monkeypatch):
     model = hear.load_model(weights)
+    monkeypatch.setattr(Encoder, "load", None)  # the weights are read once
     assert model.to("cpu") is model
     assert model.encoder_on(torch.device("cpu")) is model.encoder
     assert model.encoder_on(torch.device("meta")).device.type == "meta"
@@ -202,6 +203,21 @@ def test_options_reach_the_encoder(weights):
     assert "layer 1" in texts[0] and "normalization dataset" in texts[1] and "normalization batch" in texts[2]
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(weights, model):
+    audio = noise(2, 2.5)
+    moved = hear.load_model(weights).to("cuda")
+    frames, stamps = hear.get_timestamp_embeddings(audio.cuda(), moved)
+    scenes = hear.get_scene_embeddings(audio.cuda(), moved)
+    assert {found.device.type for found in (frames, stamps, scenes)} == {"cuda"}
+    expected, own_stamps = hear.get_timestamp_embeddings(audio, model)
+    assert torch.equal(stamps.cpu(), own_stamps)
+    for found, own in ((frames, expected), (scenes, hear.get_scene_embeddings(audio, model))):
+        assert (found.cpu() - own).norm() < 1e-4 * own.norm()
+    back = hear.get_timestamp_embeddings(audio, moved)[0]
+    assert torch.equal(back, expected)
+
+
 def test_options_are_kept_where_the_model_moves(weights):
     model = hear.load_model(weights, normalization="dataset", mean=-5.0, std=2.0)
     assert model.encoder_on(torch.device("meta")).statistics == (-5.0, 2.0)
@@ -212,18 +228,26 @@ def test_options_are_kept_where_the_model_moves(weights):
     [
         ({"normalization": "dataset"}, "mean = None.*takes both numbers"),
         ({"normalization": "dataset", "mean": -5.0}, "std = None"),
-        ({"normalization": "dataset", "mean": -5.0, "std": 0.0}, "std above 0"),
+        ({"normalization": "dataset", "mean": -5.0, "std": 0.0}, "above 0"),
+        ({"normalization": "dataset", "mean": math.nan, "std": 2.0}, "statistics = .*nan"),
+        ({"normalization": "dataset", "mean": -5.0, "std": math.inf}, "statistics = .*inf"),
+        ({"normalization": "dataset", "mean": "low", "std": 2.0}, "statistics = .*low"),
         ({"mean": -5.0}, "normalization = checkpoint.*mean = -5"),
         ({"mean": -5.0, "std": 2.0}, "no other takes any"),
         ({"normalization": "corpus"}, "checkpoint, dataset, batch"),
         ({"layer": 13}, "layer = 13: .*0 to 4"),
         ({"layer": "all"}, "layer = 'all'"),
         ({"layer": -1}, "layer = -1"),
+        ({"layer": True}, "layer = True"),
+        ({"layer": 1.0}, "layer = 1.0"),
+        ({"layer": "1"}, "layer = '1'"),
+        ({"model_file_path": 3}, "model_file_path = 3"),
+        ({"model_file_path": b"runs"}, "model_file_path = b'runs'"),
     ],
 )
 def test_a_wrong_option_is_an_error(weights, options, message):
     with pytest.raises(ConfigError, match=message):
-        hear.load_model(weights, **options)
+        hear.load_model(**{"model_file_path": weights} | options)
 
 
 def test_twenty_minutes_take_little_more_memory_than_the_audio_itself(tmp_path):
@@ -239,8 +263,9 @@ def test_twenty_minutes_take_little_more_memory_than_the_audio_itself(tmp_path):
 
 def test_no_weights_named_is_an_error_that_says_how(monkeypatch):
     monkeypatch.delenv(hear.VARIABLE, raising=False)
-    with pytest.raises(ConfigError, match="--model .* or set MSM_DIST_HEAR_MODEL="):
-        hear.load_model()
+    for given in ((), ("",), (None,)):
+        with pytest.raises(ConfigError, match="--model .* or set MSM_DIST_HEAR_MODEL="):
+            hear.load_model(*given)
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path):

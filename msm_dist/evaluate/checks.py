@@ -66,7 +66,7 @@ def checked_lengths(lengths: Tensor | np.ndarray | Sequence[int], waveform: Tens
 
 def check_layer(layer: Layer, depth: int) -> None:
     """Whether a layer is one of an encoder's."""
-    if layer not in (None, "all") and not (isinstance(layer, int) and 0 <= layer <= depth):
+    if layer not in (None, "all") and not (type(layer) is int and 0 <= layer <= depth):
         raise ConfigError(f'layer = {layer!r}: this encoder has layers 0 to {depth}; or "all"')
 
 

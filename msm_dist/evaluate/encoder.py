@@ -116,6 +116,17 @@ class Encoder:
         other.normalization, other.statistics = normalization, checked_mean_and_std(statistics)
         return other
 
+    def to(self, device: str | torch.device) -> "Encoder":
+        """This encoder on another device, with a copy of its weights there; itself where it is there already."""
+        place = checked_device(device)
+        if place == self.device:
+            return self
+        other = copy.copy(self)
+        other.device = place
+        other._encoder = copy.deepcopy(self._encoder).to(place)
+        other._front_end = copy.deepcopy(self._front_end).to(place)
+        return other
+
     def encode(
         self, waveform: Samples, sample_rate: int, lengths: Samples | None = None, layer: Layer = None
     ) -> Tensor:

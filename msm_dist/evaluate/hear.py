@@ -10,14 +10,14 @@ Legend: B clips, S samples, T time steps, E embedding size.
 """
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msm_dist.errors import ConfigError
-from msm_dist.evaluate.encoder import Encoder, Normalization
-from msm_dist.evaluate.normalization import Statistics
+from msm_dist.evaluate.checks import check_layer, checked_mean_and_std
+from msm_dist.evaluate.encoder import Encoder
+from msm_dist.evaluate.normalization import Normalization
 
 VARIABLE = "MSM_DIST_HEAR_MODEL"
 """Environment variable that names the weights where `load_model` is called without any."""
@@ -28,12 +28,11 @@ SAMPLE_RATES = (16000, 22050, 32000, 44100, 48000)
 class HearModel(nn.Module):
     """A trained encoder with the attributes that HEAR asks for. It computes on the device of the audio it is given."""
 
-    def __init__(self, source: str, layer: int | None = None, **options: Any):
+    def __init__(self, encoder: Encoder, source: str, layer: int | None = None):
         super().__init__()
+        self.encoder = encoder
         self.source = source
         self.layer = layer
-        self.options = options
-        self.encoder = Encoder.load(source, **options)
         self.sample_rate: int = self.encoder.features.sample_rate
         self.timestamp_embedding_size: int = self.encoder.embedding_size
         self.scene_embedding_size: int = self.encoder.embedding_size
@@ -44,8 +43,7 @@ class HearModel(nn.Module):
 
     def encoder_on(self, device: torch.device) -> Encoder:
         """The encoder on this device; the HEAR tools move a model with `to` and give it audio where they moved it."""
-        if self.encoder.device != device:
-            self.encoder = Encoder.load(self.source, device, **self.options)
+        self.encoder = self.encoder.to(device)
         return self.encoder
 
     def extra_repr(self) -> str:
@@ -56,7 +54,7 @@ class HearModel(nn.Module):
 
 
 def load_model(
-    model_file_path: str | os.PathLike[str] = "",
+    model_file_path: str | os.PathLike[str] | None = "",
     normalization: Normalization = "checkpoint",
     mean: float | None = None,
     std: float | None = None,
@@ -67,28 +65,31 @@ def load_model(
     Without a path the environment variable MSM_DIST_HEAR_MODEL names it. `normalization` is the encoder's, "dataset"
     with the `mean` and `std` of a log-mel; `layer` k is what leaves block k. Raises ConfigError, CheckpointError.
     """
-    source = os.fspath(model_file_path) or os.environ.get(VARIABLE, "")
+    if not isinstance(model_file_path, str | os.PathLike | None):
+        raise ConfigError(f"model_file_path = {model_file_path!r}: must be the path of a run or of exported weights")
+    source = os.fspath(model_file_path or "") or os.environ.get(VARIABLE, "")
     if not source:
         raise ConfigError(
             "model_file_path is empty: no weights are part of this package; name a run or a folder with exported "
             f"weights (--model runs/quickstart of the HEAR tools), or set {VARIABLE}=runs/quickstart"
         )
     wanted = normalization == "dataset"
-    if [mean is not None, std is not None] != [wanted, wanted] or (wanted and not std > 0):
+    if [mean is not None, std is not None] != [wanted, wanted]:
         raise ConfigError(
             f"normalization = {normalization}, mean = {mean}, std = {std}: normalization = dataset takes both numbers, "
-            "std above 0, no other takes any; Encoder.for_dataset measures them"
+            "no other takes any; Encoder.for_dataset measures them"
         )
-    statistics = Statistics(mean, std) if wanted else None
-    model = HearModel(source, layer, normalization=normalization, statistics=statistics)
-    if model.sample_rate not in SAMPLE_RATES:
+    statistics = checked_mean_and_std((mean, std)) if wanted else None
+    encoder = Encoder.load(source, normalization=normalization, statistics=statistics)
+    if encoder.features.sample_rate not in SAMPLE_RATES:
         raise ConfigError(
-            f"{source}: features.sample_rate = {model.sample_rate}: HEAR's audio comes at "
+            f"{source}: features.sample_rate = {encoder.features.sample_rate}: HEAR's audio comes at "
             f"{', '.join(map(str, SAMPLE_RATES))} Hz, and its models may not resample; train at one of these rates"
         )
-    if layer is not None and layer not in range(model.encoder.depth + 1):
-        raise ConfigError(f"layer = {layer!r}: must be one of this encoder's, 0 to {model.encoder.depth}")
-    return model
+    check_layer(layer, encoder.depth)
+    if layer == "all":
+        raise ConfigError("layer = 'all': HEAR takes one vector a time step; name one layer")
+    return HearModel(encoder, source, layer)
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,20 @@ def test_long_recordings_come_in_blocks_and_give_the_same(
         # The ends of the blocks that statistics are measured on count as those of packed segments do.
         error = np.linalg.norm(blocks["frames"] - whole["frames"]) / np.linalg.norm(whole["frames"])
         assert error < (0.02 if normalization == "dataset" else 1e-5)
+
+
+@pytest.mark.parametrize("seconds", [60, 61])
+def test_a_clip_of_just_a_minute_is_encoded_whatever_the_hop(tmp_path, seconds):
+    """960,000 samples / 156 * 156 / 16000 is more than 60 in floating point."""
+    info = replace(INFO, features=Features(hop=156, mean=-6.5, std=3.5))
+    model = MaskedSpectrogramModel(SMALL, 80, 208, seed=3)
+    weights = save(tmp_path / "export", model.state_dict(), info).parent
+    samples = noise(seconds * RATE)
+    write_audio(tmp_path / "in/x.wav", samples, "wav")
+    found = run(weights, tmp_path / "x.npz", tmp_path / "in")
+    expected = Encoder(model, info).embed(samples[None] / np.float32(32768), RATE)
+    assert about(found)["left_out"] == []
+    np.testing.assert_allclose(found["embeddings"], expected, atol=2e-5)
 
 
 def counting(file: type[EmbeddingFile]) -> type[EmbeddingFile]:

@@ -157,15 +157,14 @@ def _vectors(
     encoder: Encoder, clips: Iterable[tuple[str, Loaded]], layer: Layer, batch_size: int
 ) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
     """Each clip's vectors [T, ...] in pieces, in order; short clips are encoded together."""
-    rate, hop = encoder.features.sample_rate, encoder.features.hop
     batch: list[tuple[str, Clip]] = []
     held = 0.0
     for key, clip in clips:
-        seconds = _frames(encoder, clip) * hop / rate
-        if batch and (len(batch) == batch_size or seconds > LONG_SECONDS or held + seconds > SECONDS_AT_ONCE):
+        seconds = _seconds(encoder, clip)
+        if batch and (seconds is None or len(batch) == batch_size or held + seconds > SECONDS_AT_ONCE):
             yield from _encoded(encoder, batch, layer)
             batch, held = [], 0.0
-        if seconds > LONG_SECONDS:
+        if seconds is None:
             yield key, _long(encoder, clip, layer)
         else:
             batch.append((key, clip if isinstance(clip, Stored) else encoder.sound(clip)))
@@ -174,10 +173,12 @@ def _vectors(
         yield from _encoded(encoder, batch, layer)
 
 
-def _frames(encoder: Encoder, clip: Loaded) -> float:
-    if isinstance(clip, Long):
-        return float("inf")
-    return clip.num_frames if isinstance(clip, Stored) else len(clip) / encoder.features.hop
+def _seconds(encoder: Encoder, clip: Loaded) -> float | None:
+    """How long a clip is; None of a recording that is not encoded at once."""
+    rate, hop = encoder.features.sample_rate, encoder.features.hop
+    if isinstance(clip, Long) or isinstance(clip, Stored) and clip.num_frames * hop > LONG_SECONDS * rate:
+        return None
+    return (clip.num_frames * hop if isinstance(clip, Stored) else len(clip)) / rate
 
 
 def _encoded(

@@ -1,9 +1,9 @@
 """`msm-dist embed`: the same vectors from files and shards, what is left out, and a file that is whole or not there."""
 
 import json
-import resource
 import shutil
 import sys
+import tracemalloc
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -209,6 +209,7 @@ def test_statistics_are_the_data_set_s_and_named(tmp_path, weights, encoder, fol
     assert "normalization  dataset, mean" in found["report"]
     batch = run(weights, tmp_path / "y.npz", folder, normalization="batch")
     assert (about(batch)["normalization"], about(batch)["mean"]) == ("batch", None)
+    assert "normalization  batch, of each batch of up to 16 clips or 240 s" in batch["report"]
     np.testing.assert_allclose(batch["embeddings"], found["embeddings"], atol=2e-5)  # one batch holds the data set
     single = run(weights, tmp_path / "z.npz", folder, normalization="batch", batch_size=1)
     assert not np.allclose(single["embeddings"], batch["embeddings"], atol=1e-3)
@@ -227,8 +228,36 @@ def test_a_file_tells_what_it_was_made_with(tmp_path, weights, encoder, folder):
     assert told["model"]["embed_dim"] == 32
     assert told["origin"] == {"run": "small", "step": 3}
     assert told["program"].startswith("msm_dist ")
-    assert (told["clips"], told["clips_of_inputs"], told["left_out"]) == (3, [1, 2], [])
-    assert told["time_step_ms"] == 160
+    assert (told["clips"], told["left_out"]) == (3, [])
+    named = [str(folder / "a.wav"), str(folder / "deep")]
+    assert told["sources"] == [{"inputs": [named[0]], "clips": 1}, {"inputs": [named[1]], "clips": 2}]
+    assert (told["time_step_ms"], told["batch_size"], told["batch_seconds"]) == (160, 16, 240)
+
+
+def test_a_file_tells_which_inputs_gave_how_many_clips(tmp_path, weights, folder, shards):
+    first, second = sorted(map(str, shards.glob("*.tar")))
+    found = run(weights, tmp_path / "x.npz", second, folder / "a.wav", first, shards / "index.json", batch_size=3)
+    assert about(found)["sources"] == [
+        {"inputs": [second, first], "clips": 4},
+        {"inputs": [str(folder / "a.wav")], "clips": 1},
+        {"inputs": [str(shards / "index.json")], "clips": 4},
+    ]
+    assert about(found)["batch_size"] == 3
+    assert found["keys"][4] == str(folder / "a.wav")
+
+
+def test_a_name_that_holds_a_brace_is_a_name_where_it_is_there(tmp_path, weights, shards):
+    files = [tmp_path / "{a}.wav", tmp_path / "in{1..2}" / "b.wav", tmp_path / "{c,d}.tar" / "e.wav"]
+    for number, path in enumerate(files):
+        write_audio(path, noise(4000, number), "wav")
+    found = run(weights, tmp_path / "x.npz", files[0], files[1], files[1].parent, files[2].parent)
+    assert found["keys"].tolist() == list(map(str, [files[0], files[1], files[1], files[2]]))
+    first, second = sorted(shards.glob("*.tar"))
+    pattern = shards / first.name.replace("0.tar", "{0..1}.tar")
+    assert second.name in pattern.name.replace("{0..1}", "1")
+    assert len(run(weights, tmp_path / "y.npz", pattern)["keys"]) == 4
+    with pytest.raises(DataError):
+        run(weights, tmp_path / "z.npz", tmp_path / "x{1..2}.wav")
 
 
 @pytest.mark.parametrize("long_seconds", [60, 0])
@@ -301,7 +330,7 @@ def test_where_nothing_can_be_embedded_nothing_is_written(tmp_path, weights):
     (tmp_path / "in/text.wav").write_text("no audio" * 100)
     with pytest.raises(DataError, match=r"none of 1 clips could be embedded:\n.*text\.wav: undecodable"):
         run(weights, tmp_path / "out" / "x.npz", tmp_path / "in")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_on_the_way_leaves_no_file_and_keeps_the_old_one(tmp_path, monkeypatch, weights, folder):
@@ -376,18 +405,18 @@ def test_keys_of_any_length_and_script_come_back(tmp_path):
 
 
 def test_the_file_s_memory_does_not_grow_with_its_rows(tmp_path):
-    """400 MB of frames; all of them at once would be that much more."""
-    piece = np.ones((1000, 1000), np.float32)
+    """100 MB of frames, a piece of 1 MB at a time."""
+    tracemalloc.start()
     with EmbeddingFile(tmp_path / "x.npz", (1000,), per_frame=True) as file:
-        file.add("warm", [piece])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(100):
-            file.add(str(number), [piece])
-        file.finish({}, np.arange(1000.0))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+            file.add(str(number), (np.full((125, 1000), number, np.float32) for _ in range(2)))
+        file.finish({}, np.arange(250.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
     with zipfile.ZipFile(tmp_path / "x.npz") as archive:
         assert archive.testzip() is None
-        assert archive.getinfo("frames.npy").file_size == 101 * piece.nbytes + 128
+        assert archive.getinfo("frames.npy").file_size == 100 * 250 * 4000 + 128
 
 
 def test_the_command_prints_a_report_and_names_a_fault(tmp_path, monkeypatch, capsys, weights, folder):

@@ -10,6 +10,7 @@ import torch
 
 from msm_dist.cli import main
 from msm_dist.data.pack import PackSettings, pack
+from msm_dist.evaluate.embed import SECONDS_AT_ONCE
 from msm_dist.evaluate.embedding_file import __doc__ as layout
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import save
@@ -73,6 +74,10 @@ def test_the_readme_s_example_runs_as_printed(place: Path, monkeypatch: pytest.M
     commands, names = run(README, monkeypatch)
     assert commands == 1
     assert names["frames"].shape == (1, 20, 160)
+
+
+def test_the_page_says_how_much_a_batch_is() -> None:
+    assert f"`--batch-size` clips or {SECONDS_AT_ONCE} s of audio" in TEXT
 
 
 def test_the_page_names_what_is_in_the_file() -> None:

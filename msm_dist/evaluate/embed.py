@@ -25,7 +25,7 @@ from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.chunks import Clip, Stored
 from msm_dist.evaluate.embedding_file import EmbeddingFile
 from msm_dist.evaluate.encoder import Encoder, Layer, Normalization
-from msm_dist.evaluate.inputs import LONG_SECONDS, Entry, Long, Source, entries, find_inputs, num_clips
+from msm_dist.evaluate.inputs import LONG_SECONDS, Entry, Long, Source, entries, find_inputs
 from msm_dist.evaluate.normalization import measured
 
 READERS = 4
@@ -51,7 +51,7 @@ class Embed:
     """Whose mean and deviation; dataset: those of all inputs together, which are then read twice."""
     device: str = "auto"
     batch_size: int = 16
-    """Most clips that are encoded together."""
+    """Most clips that are encoded together; of long ones, as many as SECONDS_AT_ONCE takes."""
     overwrite: bool = False
 
 
@@ -70,14 +70,13 @@ def embed(request: Embed, progress: Progress = quiet) -> str:
     encoder = Encoder.load(request.model, _device(request.device), normalization)
     layer = _layer(request.layer, encoder.depth)
     sources = find_inputs(request.inputs, encoder.features)
-    total = num_clips(sources)
+    total = sum(source.num_clips for source in sources)
     width = encoder.info.model.patch[1]
     if dataset:
         found = entries(sources, encoder.features, width)
         encoder = encoder.with_statistics(measured(_measurable(found, total, progress), encoder.features).checked())
     shape = (1 + encoder.depth, encoder.embedding_size) if layer == "all" else (encoder.embedding_size,)
     left_out: list[LeftOut] = []
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     with EmbeddingFile(request.out, shape, request.frames) as file:
         clips = _loaded(entries(sources, encoder.features, width), left_out)
         for key, pieces in _vectors(encoder, clips, layer, request.batch_size):
@@ -212,16 +211,24 @@ def _metadata(
     file: EmbeddingFile,
     left_out: Sequence[LeftOut],
 ) -> dict[str, Any]:
-    counts = [source.num_clips if not isinstance(source, list) else len(source) for source in sources]
-    about = {"model": request.model, "layer": layer, "inputs": list(request.inputs), "clips_of_inputs": counts}
-    clips = {"clips": len(file.keys), "left_out": [entry._asdict() for entry in left_out]}
-    steps = {"time_step_ms": float(encoder.centres_ms(2).diff()), "time_steps": sum(file.num_steps)}
-    return {"weights": about.pop("model")} | about | encoder.describe() | steps | clips
+    return {
+        "weights": request.model,
+        "layer": layer,
+        **encoder.describe(),
+        "batch_size": request.batch_size,
+        "batch_seconds": SECONDS_AT_ONCE,
+        "time_step_ms": float(encoder.centres_ms(2).diff()),
+        "time_steps": sum(file.num_steps),
+        "sources": [{"inputs": source.inputs, "clips": source.num_clips} for source in sources],
+        "clips": len(file.keys),
+        "left_out": [entry._asdict() for entry in left_out],
+    }
 
 
 def _report(request: Embed, encoder: Encoder, file: EmbeddingFile, left_out: Sequence[LeftOut]) -> str:
     mean, std = encoder.statistics or (None, None)
-    statistics = "of each batch" if mean is None else f"mean {mean:.4f}, std {std:.4f}"
+    batch = f"of each batch of up to {request.batch_size} clips or {SECONDS_AT_ONCE} s"
+    statistics = batch if mean is None else f"mean {mean:.4f}, std {std:.4f}"
     seconds = sum(file.num_steps) * float(encoder.centres_ms(2).diff()) / 1000
     length = f"{seconds:.1f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h"
     what = f"{sum(file.num_steps)} time steps" if request.frames else "one vector each"

@@ -1,8 +1,8 @@
 """Embeddings on disk: an .npz file that is written clip by clip and is there whole or not at all.
 
-In: keys, and the vectors of one clip after another, which go to a temporary file at once, so that memory holds none.
-Out: a file that numpy.load reads without unpickling anything. While it is being put together it takes twice its room.
-Fails with OSError.
+In: keys, and the vectors of one clip after another, which go to a temporary file at once, so that memory holds none;
+the folder is made for the first of them. Out: a file that numpy.load reads without unpickling anything. While it is
+being put together it takes twice its room. Fails with OSError.
 
     keys            str [N]            which clip a row is
     embeddings      float32 [N, E]     one vector per clip: the mean over its time steps
@@ -25,7 +25,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class EmbeddingFile:
         self._per_frame = per_frame
         self._rows = path.with_name(f"{path.name}.{os.getpid()}.rows.tmp")
         self._whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = self._rows.open("w+b")
+        self._file: BinaryIO | None = None
         self.keys: list[str] = []
         self.num_steps: list[int] = []
 
@@ -52,31 +52,33 @@ class EmbeddingFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._rows.unlink(missing_ok=True)
         self._whole.unlink(missing_ok=True)
 
     def add(self, key: str, pieces: Iterable[np.ndarray]) -> None:
         """The vectors of a clip, float32 [T, *shape], in pieces; a clip whose pieces fail is as if never added."""
-        begin, steps, total = self._file.tell(), 0, np.zeros(self._shape)
+        begin, steps, total = self._file.tell() if self._file else 0, 0, np.zeros(self._shape)
         try:
             for piece in pieces:
                 steps += len(piece)
                 if self._per_frame:
-                    self._file.write(np.ascontiguousarray(piece, "<f4").data)
+                    self._write(piece)
                 else:
                     total += piece.sum(axis=0, dtype=np.float64)
         except BaseException:
-            self._file.seek(begin)
-            self._file.truncate()
+            if self._file is not None:
+                self._file.seek(begin)
+                self._file.truncate()
             raise
         if not self._per_frame:
-            self._file.write((total / steps).astype("<f4").data)
+            self._write(total / steps)
         self.keys.append(key)
         self.num_steps.append(steps)
 
     def finish(self, metadata: dict[str, Any], centres_ms: np.ndarray) -> None:
-        """Write the file. `centres_ms` float64: of as many steps as the longest clip has."""
+        """Write the file, of one clip or more. `centres_ms` float64: of as many steps as the longest clip has."""
         steps = np.array(self.num_steps, np.int64)
         rows = int(steps.sum()) if self._per_frame else len(steps)
         with zipfile.ZipFile(self._whole, "w", zipfile.ZIP_STORED) as archive:
@@ -94,6 +96,12 @@ class EmbeddingFile:
                 shutil.copyfileobj(self._file, member, 2**20)
         sync(self._whole)
         self._whole.replace(self._path)
+
+    def _write(self, vectors: np.ndarray) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._rows.open("w+b")
+        self._file.write(np.ascontiguousarray(vectors, "<f4").data)
 
     def _write_keys(self, archive: zipfile.ZipFile) -> None:
         # Most of a key of fixed width is zeros, which compress to nothing.

@@ -47,52 +47,59 @@ class Entry(NamedTuple):
     load: Callable[[], np.ndarray | Long | Stored]
 
 
-Source = list[str] | Index
-"""Files by path, or shards."""
+class Source(NamedTuple):
+    """Files by path, or shards, and the inputs that name them: one, or the tars of a folder."""
+
+    inputs: tuple[str, ...]
+    content: list[str] | Index
+
+    @property
+    def num_clips(self) -> int:
+        return self.content.num_clips if isinstance(self.content, Index) else len(self.content)
 
 
 def find_inputs(inputs: Sequence[str], features: Features) -> list[Source]:
     """What the inputs name; no audio is read yet. Raises DataError."""
-    sources: list[Source] = []
-    tars: dict[str, list[str]] = {}
-    for text in inputs:
-        if is_tar(text) and "{" not in text and not text.startswith("pipe:"):
-            # The tars of a folder belong together, and are one source where the first of them stands.
-            folder = split(text)[0]
-            if folder not in tars:
-                sources.append(tars.setdefault(folder, []))
-            tars[folder].append(text)
-        elif _is_shards(text):
-            sources.append(_checked(load_index(text, ACCESS), features))
-        elif Path(text).is_dir():
-            sources.append([str(Path(text) / file) for file in find_audio(Path(text))])
-        elif Path(text).is_file():
-            sources.append([text])
-        else:
-            raise DataError(f"{text}: no such file or folder; name audio files, folders of them, or indexed shards")
-    named = {id(tars_of): tars_of for tars_of in tars.values()}
-    return [_checked(load_index(source, ACCESS), features) if id(source) in named else source for source in sources]
+    # The tars of a folder belong together, and are one source where the first of them stands.
+    groups: dict[object, list[str]] = {}
+    for number, text in enumerate(inputs):
+        groups.setdefault(split(text)[0] if _is_one_tar(text) else number, []).append(text)
+    return [Source(tuple(group), _content(group, features)) for group in groups.values()]
 
 
 def entries(sources: Sequence[Source], features: Features, width: int) -> Iterator[Entry]:
     """The clips of all sources; `width` is the frames of a patch. Raises DataError on a shard that can't be read."""
     for source in sources:
-        if isinstance(source, Index):
-            for shard in source.shards:
-                yield from _of_shard(source, shard, features, width)
+        if isinstance(source.content, Index):
+            for shard in source.content.shards:
+                yield from _of_shard(source.content, shard, features, width)
         else:
-            for path in source:
+            for path in source.content:
                 yield Entry(path, partial(_load_file, path, features.sample_rate))
 
 
-def num_clips(sources: Sequence[Source]) -> int:
-    """Clips of all sources."""
-    return sum(source.num_clips if isinstance(source, Index) else len(source) for source in sources)
+def _content(group: Sequence[str], features: Features) -> list[str] | Index:
+    """What an input names, or several tars."""
+    text, path = group[0], Path(group[0])
+    if _is_one_tar(text) or _is_shards(text):
+        return _checked(load_index(group, ACCESS), features)
+    if path.is_dir():
+        return [str(path / file) for file in find_audio(path)]
+    if path.is_file():
+        return [text]
+    raise DataError(f"{text}: no such file or folder; name audio files, folders of them, or indexed shards")
+
+
+def _is_one_tar(text: str) -> bool:
+    return is_tar(text) and "{" not in text and not text.startswith("pipe:")
 
 
 def _is_shards(text: str) -> bool:
     path = Path(text)
-    return is_remote(text) or "{" in path.name or path.name == INDEX_NAME or (path / INDEX_NAME).is_file()
+    if path.name == INDEX_NAME or (path / INDEX_NAME).is_file():
+        return True
+    # A brace makes a pattern, unless there is what is called so.
+    return is_remote(text) or ("{" in text and not path.exists())
 
 
 def _checked(index: Index, features: Features) -> Index:

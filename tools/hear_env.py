@@ -72,7 +72,7 @@ def install(venv: Path, torch_index: str | None) -> None:
             stop(f"{sys.executable} has no module {missing[0]}: apt-get install python3-venv, then start again")
         run([sys.executable, "-m", "venv", str(venv)])
         (venv / OWN_VENV_MARK).touch()
-    say("2/3 install hear-validator, hear-eval-kit and what they and the encoder need (2 to 10 minutes, 1.7 GB)")
+    say("2/3 install both tools and what they and the encoder need (2 to 10 minutes; 1.7 GB, with CUDA gigabytes more)")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     if torch_index:
         say(f"    torch from {torch_index}")

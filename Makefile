@@ -107,7 +107,7 @@ test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, re
 	trap 'for more in "" t s; do SLURM_LAB_NAME=$$SLURM_LAB_NAME$$more bash tests/cluster/slurm-up.sh down; done' EXIT; \
 	$(PY) -m pytest -m slurm $(PYTEST_ARGS)
 
-# The tools are of 2021: their environment (1.7 GB, kept) is made once, with Python 3.11. docs/hear.md: the full task set.
+# The tools are of 2021: their environment (kept) is made once, with Python 3.11. docs/hear.md: its size, the full task set.
 test-hear: ready ## run the real hear-validator and hear-eval-kit over tiny tasks, in an environment of their own
 	@$(HEAR_PYTHON) -c '' 2>/dev/null || { \
 	  echo "test-hear: $(HEAR_PYTHON) is not there; the HEAR tools run on Python 3.11: HEAR_PYTHON=..."; exit 2; }

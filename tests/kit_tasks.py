@@ -4,16 +4,14 @@
 two sounds begin and end, train/valid/test.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
-Clips = dict[str, tuple[np.ndarray, list[Any]]]
-"""{name: (samples, what the split's JSON says of it)}."""
+from tests.hear_tasks import write_task
+
 SOUNDS = ("low", "high", "noise")
 # An epoch of so few clips is one update. The kit gives up where no event is predicted yet when it first validates.
 SHORT_SEARCH = {"hidden_layers": [1], "max_epochs": [90], "check_val_every_n_epoch": [30], "lr": [3.2e-3, 1e-3]}
@@ -22,49 +20,33 @@ DURATIONS = {"tones": 1.0, "layers": 0.8, "events": 8.0}
 
 def write_tasks(folder: Path, sample_rate: int, seed: int = 0) -> Path:
     """All three under `folder`, as wav at `sample_rate`."""
-    rng = np.random.default_rng(seed)
-    sounds = Sounds(sample_rate, rng)
+    sounds = Sounds(sample_rate, np.random.default_rng(seed))
     splits = {"train": 30, "valid": 12, "test": 24}
-    scene = {"embedding_type": "scene", "prediction_type": "multiclass", "split_mode": "trainvaltest"}
+    several = {"prediction_type": "multilabel"}
+
     clips = {split: dict(sounds.tones(split, count)) for split, count in splits.items()}
-    write_task(folder / "tones-v1-tiny", scene, ["top1_acc", "mAP"], SOUNDS, clips, sample_rate)
+    kind = {"evaluation": ["top1_acc", "mAP"]}
+    write_task(folder / "tones-v1-tiny", clips, SOUNDS, sample_rate, **about("tones"), **kind)
 
-    scene = {"embedding_type": "scene", "prediction_type": "multilabel", "split_mode": "new_split_kfold"}
     clips = {fold: dict(sounds.layers(fold, 20)) for fold in ("fold00", "fold01", "fold02")}
-    write_task(folder / "layers-v1-tiny", scene, ["mAP", "aucroc"], SOUNDS, clips, sample_rate)
+    kind = several | {"split_mode": "new_split_kfold", "evaluation": ["mAP", "aucroc"]}
+    write_task(folder / "layers-v1-tiny", clips, SOUNDS, sample_rate, **about("layers"), **kind)
 
-    event = {"embedding_type": "event", "prediction_type": "multilabel", "split_mode": "trainvaltest"}
     clips = {split: dict(sounds.events(split, count // 3)) for split, count in splits.items()}
-    scores = ["event_onset_200ms_fms", "segment_1s_er"]
-    write_task(folder / "events-v1-tiny", event, scores, SOUNDS[:2], clips, sample_rate)
+    kind = several | {"embedding_type": "event", "evaluation": ["event_onset_200ms_fms", "segment_1s_er"]}
+    write_task(folder / "events-v1-tiny", clips, SOUNDS[:2], sample_rate, **about("events"), **kind)
     return folder
 
 
-def write_task(
-    folder: Path, kind: dict[str, str], scores: list[str], labels: Sequence[str], clips: dict[str, Clips], rate: int
-) -> None:
-    """A task folder: metadata, vocabulary, a JSON and a folder of wav per split."""
-    name = folder.name.partition("-")[0]
-    metadata = {
+def about(name: str) -> dict[str, Any]:
+    """What the metadata of a task says beside its kind."""
+    return {
         "task_name": name,
-        **kind,
         "version": "v1",
         "mode": "tiny",
         "sample_duration": DURATIONS[name],
-        "splits": list(clips),
-        "evaluation": scores,
         "evaluation_params": {"task_specific_param_grid": SHORT_SEARCH},
     }
-    folder.mkdir(parents=True)
-    (folder / "task_metadata.json").write_text(json.dumps(metadata, indent=2))
-    rows = [f"{number},{label}\n" for number, label in enumerate(labels)]
-    (folder / "labelvocabulary.csv").write_text("idx,label\n" + "".join(rows))
-    for split, of_split in clips.items():
-        (folder / f"{split}.json").write_text(json.dumps({file: target for file, (_, target) in of_split.items()}))
-        place = folder / str(rate) / split
-        place.mkdir(parents=True)
-        for file, (samples, _) in of_split.items():
-            soundfile.write(place / file, samples, rate, subtype="PCM_16")
 
 
 class Sounds:

@@ -32,7 +32,7 @@ TRAIN = FinetuneTrain(steps=1, global_batch=12, micro_batch=3)
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     task = write_sounds(tmp_path_factory.mktemp("sounds"))
-    return open_task(FinetuneData(task=str(task), seconds=0.6), RATE, seed=0)
+    return open_task(FinetuneData(task=str(task), seconds=0.6), RATE)
 
 
 def batches(labelled, augment, world_size=1, rank=0, micro_batch=3, start_step=0):
@@ -140,18 +140,18 @@ def test_judged_clips_are_neither_mixed_nor_moved(labelled):
 
 def test_length_is_that_of_the_longest_first_clip_where_none_is_given(tmp_path):
     task = write_sounds(tmp_path)
-    found = open_task(FinetuneData(task=str(task)), RATE, seed=0)
+    found = open_task(FinetuneData(task=str(task)), RATE)
     assert 14000 < found.num_samples < 16000
-    assert open_task(FinetuneData(task=str(task), seconds=0.5), RATE, seed=0).num_samples == 8000
+    assert open_task(FinetuneData(task=str(task), seconds=0.5), RATE).num_samples == 8000
 
 
 def test_identity_of_a_task_is_that_of_its_labels_and_splits(tmp_path):
     path = write_sounds(tmp_path)
     data = FinetuneData(task=str(path), seconds=0.5)
-    before = open_task(data, RATE, seed=0).digest
-    assert open_task(data, RATE, seed=0).digest == before
+    before = open_task(data, RATE).digest
+    assert open_task(data, RATE).digest == before
     path.write_text(path.read_text().replace("train1.wav,hum", "train1.wav,hiss"))
-    assert open_task(data, RATE, seed=0).digest != before
+    assert open_task(data, RATE).digest != before
 
 
 def test_folds_are_chosen_by_name(tmp_path):
@@ -160,18 +160,38 @@ def test_folds_are_chosen_by_name(tmp_path):
     folded = [f"{line.rpartition(',')[0]},{number % 3 + 1}" for number, line in enumerate(lines[1:])]
     path.write_text("\n".join(["file,label,fold", *folded]) + "\n")
     with pytest.raises(ConfigError, match="data.fold is missing: .* choose from 1, 2, 3"):
-        open_task(FinetuneData(task=str(path), seconds=0.5), RATE, seed=0)
+        open_task(FinetuneData(task=str(path), seconds=0.5), RATE)
     with pytest.raises(ConfigError, match="data.fold = 4: .* 1, 2, 3"):
-        open_task(FinetuneData(task=str(path), seconds=0.5, fold=4), RATE, seed=0)
-    found = open_task(FinetuneData(task=str(path), seconds=0.5, fold=2), RATE, seed=0)
+        open_task(FinetuneData(task=str(path), seconds=0.5, fold=4), RATE)
+    found = open_task(FinetuneData(task=str(path), seconds=0.5, fold=2), RATE)
     assert {clip.split for clip in found.clips(found.parts.test)} == {"2"}
-    assert {clip.split for clip in found.clips(found.parts.valid)} == {"3"}
-    assert {clip.split for clip in found.clips(found.parts.train)} == {"1"}
+    assert {clip.split for clip in found.clips(found.parts.train)} == {"1", "3"}
+    assert len(found.parts.train) + len(found.parts.test) == len(lines) - 1
+    assert not len(found.parts.valid)
+
+
+def test_no_training_clip_is_held_out_where_there_are_no_validation_clips(tmp_path):
+    path = write_sounds(tmp_path, valid=0)
+    found = open_task(FinetuneData(task=str(path), seconds=0.5), RATE)
+    assert [len(part) for part in (found.parts.train, found.parts.valid, found.parts.test)] == [36, 0, 24]
+
+
+@pytest.mark.parametrize(
+    ("column", "label", "message"),
+    [("label", "hum", "has one class, hum: "), ("labels", "", "none of its 36 training clips has a label")],
+)
+def test_task_that_has_nothing_to_learn_is_refused(tmp_path, column, label, message):
+    path = write_sounds(tmp_path)
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    lines = [f"{file},{label if column == 'label' or split == 'train' else kind},{split}" for file, kind, split in rows]
+    path.write_text("\n".join([f"file,{column},split", *lines]) + "\n")
+    with pytest.raises(DataError, match=message):
+        open_task(FinetuneData(task=str(path), seconds=0.5), RATE)
 
 
 def test_clip_that_can_not_be_read_is_a_fault_that_names_it(tmp_path):
     path = write_sounds(tmp_path)
-    labelled = open_task(FinetuneData(task=str(path), seconds=0.6), RATE, seed=0)
+    labelled = open_task(FinetuneData(task=str(path), seconds=0.6), RATE)
     (tmp_path / "test1.wav").write_bytes(b"no audio")
     loader = start_loader(JudgedClips(labelled.clips(labelled.parts.test), CUT, 4, 0, 1), 0)
     with pytest.raises(DataError, match="test1.wav: can't be read as audio"):

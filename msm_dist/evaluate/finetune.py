@@ -76,8 +76,8 @@ class Finetuning:
     warmup_steps: float
     engine: deepspeed.DeepSpeedEngine
     front_end: LogMel
-    valid: Loader
-    """The validation clips, over and over."""
+    valid: Loader | None
+    """The validation clips, over and over; None where the task has none."""
     num_valid: int
     monitor: monitor.Monitor
     saver: Saver
@@ -99,12 +99,13 @@ def finetune(cfg: FinetuneConfig) -> int:
         stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, SIGTERM)))
         layout = batch_layout(cfg.train, world.size)
         start = world.together(lambda: read_start(cfg), CheckpointError)
-        labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate, cfg.seed))
+        labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
         run = build(cfg, world, layout, start, labelled, interruption)
         stack.callback(run.monitor.close)
         stack.callback(run.saver.close)
-        stack.callback(run.valid.close)
+        if run.valid is not None:
+            stack.callback(run.valid.close)
         if run.step < run.total_steps and (reason := train(run)):
             return interruption.exit_code(reason)
         finish(run)
@@ -230,7 +231,9 @@ def flops_per_clip(run: Finetuning) -> float:
 
 
 def validate(run: Finetuning) -> None:
-    """Loss and scores on the validation clips. A collective."""
+    """Loss and scores on the validation clips, where there are any. A collective."""
+    if run.valid is None:
+        return
     values = judge(run, run.valid, run.num_valid)
     run.monitor.valid(run.step, {f"valid_{name}": value for name, value in values.items()})
 
@@ -337,7 +340,8 @@ def build(
         state.reset(engine, initial)
     step = saved.step if saved else 0
     valid_clips = labelled.clips(spread(labelled.parts.valid, cfg.train.valid_clips))
-    valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
+    judged = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
+    valid = start_loader(judged, cfg.data.num_workers) if valid_clips else None
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
     metrics = world.together(lambda: monitor.Monitor(folder, step, total_steps, world.is_main), CheckpointError)
@@ -358,7 +362,7 @@ def build(
         warmup_steps,
         engine,
         LogMel(features).to(world.device),
-        start_loader(valid, cfg.data.num_workers),
+        valid,
         len(valid_clips),
         metrics,
         saver,

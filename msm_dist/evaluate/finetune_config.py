@@ -37,11 +37,11 @@ class FinetuneData(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, 
     audio: str | None = None
     """Folder that the files of a CSV are relative to; none: the CSV's own."""
     valid: str | None = None
-    """Labelled shards to validate on, where data.task is shards; none: a tenth of the training clips."""
+    """Labelled shards to validate on, where data.task is shards; none: no validation."""
     test: str | None = None
     """Labelled shards to be judged on, where data.task is shards."""
     fold: str | None = None
-    """Name of the fold to be judged on, where the task has folds; the next one validates, the others train."""
+    """Name of the fold to be judged on, where the task has folds; all others are trained on."""
     seconds: float | None = Field(None, gt=0, le=600)
     """Length of a clip, cut or padded at its end; none: of the longest of the first 32 training clips, at most 10."""
     weighted: bool = False

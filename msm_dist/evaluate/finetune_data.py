@@ -20,11 +20,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from msm_dist.config import BatchLayout
 from msm_dist.data.audio import to_int16
-from msm_dist.errors import ConfigError, MsmError
+from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate import augment as drawing
 from msm_dist.evaluate.classifier import fit_length
 from msm_dist.evaluate.finetune_config import Augment, FinetuneData
-from msm_dist.evaluate.tasks import Fold, Parts, Task, TaskClip, clip_waveform, parts_of, read_shards, read_task
+from msm_dist.evaluate.tasks import Fold, Parts, Task, TaskClip, clip_waveform, read_shards, read_task
 
 LENGTH_CLIPS = 32
 LONGEST_SECONDS = 10.0
@@ -96,13 +96,14 @@ class Cut:
     """Patches along frequency and time."""
 
 
-def open_task(data: FinetuneData, sample_rate: int, seed: int) -> LabelledTask:
+def open_task(data: FinetuneData, sample_rate: int) -> LabelledTask:
     """Read a task and choose what a run needs of it. Raises ConfigError, DataError."""
     if data.test is not None:
         task = read_shards(data.task, data.test, data.valid)
     else:
         task = read_task(data.task, Path(data.audio) if data.audio else None, sample_rate)
-    parts = parts_of(task, _fold(task, data.fold), seed)
+    parts = _parts(task, _fold(task, data.fold))
+    _check_labels(task, parts)
     if data.seconds is not None:
         num_samples = round(data.seconds * sample_rate)
     else:
@@ -246,6 +247,37 @@ def _fold(task: Task, name: str | None) -> Fold:
     if name is not None and name not in names:
         raise ConfigError(f"data.fold = {name}: {task.name} is judged on {', '.join(names)}; choose one of them")
     return task.folds[0 if name is None else names.index(name)]
+
+
+def _parts(task: Task, fold: Fold) -> Parts:
+    """The clips of a rotation. Nothing is chosen by validation clips, so that none are taken from the others.
+
+    Where folds are rotated, all but the one that is judged are trained on, as the makers of such collections mean it.
+    """
+    splits = np.array([clip.split for clip in task.clips])
+    train, valid = set(fold.train), {fold.valid} - {None}
+    if len(task.folds) > 1:
+        train, valid = set(splits.tolist()) - {fold.test}, set()
+    parts = Parts(*(np.flatnonzero(np.isin(splits, sorted(names))) for names in (train, valid, {fold.test})))
+    for name, part in (("training", parts.train), ("test", parts.test)):
+        if not len(part):
+            raise DataError(
+                f"{task.name}: has no {name} clips ({len(task.clips)} in all, splits {', '.join(sorted(set(splits)))})"
+            )
+    return parts
+
+
+def _check_labels(task: Task, parts: Parts) -> None:
+    """Raise DataError where there is nothing to learn."""
+    if len(task.labels) < 2 and not task.multilabel:
+        raise DataError(
+            f"{task.name}: has one class, {', '.join(task.labels)}: a clip of one label needs two to choose from; for "
+            "clips with and without a label call the column labels, and leave its cell empty without"
+        )
+    if not any(task.clips[number].labels for number in parts.train.tolist()):
+        raise DataError(
+            f"{task.name}: none of its {len(parts.train)} training clips has a label; there is nothing to learn"
+        )
 
 
 def _worker() -> tuple[int, int]:

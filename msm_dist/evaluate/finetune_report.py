@@ -39,8 +39,8 @@ def announcement(
         f"{cfg.model.positions} for {grid.frames}",
         f"task       {task.name}: {len(task.labels)} classes, {kind}, judged by {task.scores[0]}"
         + (f", fold {cfg.data.fold}" if cfg.data.fold is not None else ""),
-        f"clips      {len(parts.train)} to train on, {len(parts.valid)} to validate on, {len(parts.test)} to be judged "
-        f"on, {labelled.num_samples / labelled.sample_rate:.2f} s each",
+        f"clips      {len(parts.train)} to train on, {len(parts.valid) or 'none'} to validate on, {len(parts.test)} to "
+        f"be judged on, {labelled.num_samples / labelled.sample_rate:.2f} s each",
     ]
     if world.size == 1 and torch.cuda.device_count() > 1:
         lines.append(
@@ -54,11 +54,16 @@ def results_of(
     cfg: FinetuneConfig, labelled: LabelledTask, start: Start, step: int, values: dict[str, float]
 ) -> dict[str, Any]:
     """What results.json holds: the scores on the test clips, and what they are scores of."""
-    task, clips = labelled.task, labelled.clips(labelled.parts.test)
+    task, parts = labelled.task, labelled.parts
+    clips = labelled.clips(parts.test)
+    split_clips = {name: labelled.clips(getattr(parts, name)) for name in ("train", "valid", "test")}
     results = {
         "task": task.name,
         "fold": cfg.data.fold,
         "step": step,
+        "splits": {name: sorted({clip.split for clip in found}) for name, found in split_clips.items()},
+        "train_clips": len(parts.train),
+        "valid_clips": len(parts.valid),
         "test_clips": len(clips),
         "classes": len(task.labels),
         "classes_judged": len({label for clip in clips for label in clip.labels}),

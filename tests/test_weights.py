@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from msm_dist.config import Features, Model
 from msm_dist.errors import CheckpointError
+from msm_dist.model import weights
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.patches import PatchGrid
 from msm_dist.model.published import convert, read_file, statistics_of, write_file
-from msm_dist.model.weights import WeightsInfo, from_published, load, read_published, save, to_published
+from msm_dist.model.weights import WeightsInfo, from_published, load, read, read_published, save, to_published
 from msm_kernels.patch_masking import masking_from_keep
 from msm_kernels.reference import select_rows
 from tests.published import PAPER, RERUN, TINY, random_state
@@ -141,6 +143,34 @@ def test_a_wrong_configuration_is_a_clear_error(saved, change, message):
         load(saved[0])
 
 
+def test_weights_with_a_stretched_table_are_refused_where_they_would_be_computed_with_another(saved, tmp_path):
+    folder, model = saved
+    stretched = replace(info(model), origin={"positions": "interpolated"})
+    save(tmp_path / "run" / "export" / "classifier", model.state_dict(), stretched)
+    for path in ("run", "run/export", "run/export/classifier"):
+        for reader in (load, read):
+            with pytest.raises(CheckpointError, match=r"model.positions=interpolated: .* only .*Tagger has"):
+                reader(tmp_path / path)
+    assert_equal_states(read(tmp_path / "run/export/classifier", any_positions=True)[0], load(folder)[0].state_dict())
+
+
+def test_two_programs_that_save_do_not_share_a_temporary_file(saved, tmp_path, monkeypatch):
+    names = []
+
+    def fail(tensors, path):
+        names.append(path.name)
+        path.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    for pid in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        with pytest.raises(CheckpointError, match="no space"):
+            save(tmp_path / "full", saved[1].state_dict(), info(saved[1]))
+    assert len(set(names)) == 2
+    assert not os.listdir(tmp_path / "full")
+
+
 def test_missing_and_damaged_files_are_clear_errors(saved, tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "nowhere")
@@ -230,10 +260,11 @@ def test_published_file_comes_back_identical_through_our_files(tmp_path, generat
     back = read_file(tmp_path / "back.pth")
     assert back.beside == ()
     assert back.state.keys() == state.keys() | {"norm_stats"}
-    assert all(torch.equal(back.state[name], state[name]) for name in state if name != "norm_stats")
+    assert all(torch.equal(back.state[name], state[name]) for name in state)
+    assert all(back.state[name].dtype == state[name].dtype for name in state)
     content = torch.load(tmp_path / "back.pth", weights_only=True)
     assert content["model"].keys() == state.keys()  # what a strict reader of that generation expects
-    assert not list(tmp_path.glob("*.part"))
+    assert sorted(os.listdir(tmp_path)) == ["back.pth", "ours"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -311,6 +342,37 @@ def test_weights_that_are_not_finite_are_refused():
         convert(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "name", ["patch_embed.proj.weight", "pos_embed", "decoder_pos_embed", "decoder_embed.weight", "norm.weight"]
+)
+def test_tensors_of_other_kinds_are_refused_whichever_they_are(name, dtype):
+    state = random_state(208, (16, 16), PAPER, TINY)
+    state[name] = state[name].to(dtype)
+    with pytest.raises(CheckpointError, match=name):
+        convert(state)
+
+
+def test_file_of_ours_says_where_its_weights_come_from_and_may_leave_the_decoder_out(tmp_path):
+    model = random_model()
+    write_file(model, -7.1, 4.2, tmp_path / "p.pth", {"run": "r"}, encoder_only=True)
+    file = read_file(tmp_path / "p.pth")
+    assert (file.origin, file.beside) == ({"run": "r"}, ())
+    assert not [name for name in file.state if name.startswith(("decoder_", "mask_token"))]
+    with pytest.raises(CheckpointError, match="decoder_embed.weight is missing; --encoder-only takes the encoder"):
+        convert(file.state)
+    conversion = convert(file.state, strict=False)
+    assert not conversion.has_decoder
+    assert_equal_states(conversion.model.encoder.state_dict(), model.encoder.state_dict())
+
+
+@pytest.mark.parametrize("mark", [3, "{", "[]", '{"origin": 1}', "[" * 5000, {"origin": {}}, torch.ones(2)])
+def test_entry_of_another_program_by_our_name_is_no_origin(tmp_path, mark):
+    torch.save({"model": to_published(random_model()), "msm_dist": mark}, tmp_path / "p.pth")
+    file = read_file(tmp_path / "p.pth")
+    assert (file.origin, file.beside) == (None, ("msm_dist",))
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -344,6 +406,7 @@ def test_model_without_cls_says_and_does_not_share_the_originals_flaw():
     model = conversion.model
     (note,) = conversion.notes
     assert "drops the first visible token and shifts the others" in note
+    assert convert(random_state(208, (16, 16), PAPER, TINY, cls_token=False), keeps_places=True).notes == ()
     masking = masking_from_keep(torch.arange(0, 64, 4)[None], 65)
     spectrogram = torch.randn(1, 1, 80, 208, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

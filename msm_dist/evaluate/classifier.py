@@ -4,10 +4,10 @@ In: normalised log-mel spectrograms of one length, labels. Out: loss and logits;
 falls layer by layer; a folder of files that `Tagger` reads, and `Encoder` too. Fails with CheckpointError on files that
 can't be loaded, with ConfigError on a classifier that can't be.
 
-    export/model.safetensors, config.json     the encoder, beside the untouched decoder of its weights: Encoder.load
+    export/model.safetensors, config.json     the encoder, beside the decoder that it had: Encoder.load
     export/head.safetensors, head.json        the head; labels, pooling, length of a clip: Tagger.load
     export/classifier/...                     the four of them instead, where the position table is an interpolated
-                                              one, with which Encoder.load would not compute
+                                              one: Tagger.load, which Encoder.load refuses
 
 Legend: B clips, S samples, F mel bands, T frames, P prefix tokens, L patches, K of them kept, D width, C classes.
 """
@@ -185,7 +185,8 @@ def save(
     is_other_table = head.positions == "interpolated" and grid.frames != head.table_frames
     folder = path / "classifier" if is_other_table else path
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    own = weights.WeightsInfo(info.model, info.features, grid.frames, info.origin)
+    origin = info.origin | ({"positions": head.positions} if is_other_table else {})
+    own = weights.WeightsInfo(info.model, info.features, grid.frames, origin)
     # The head first: whoever finds the weights finds all.
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,7 @@ class Tagger:
         """Read a fine-tuning run's folder, or what it exported. Raises CheckpointError."""
         folder = _classifier_folder(Path(path))
         head = _read_head(folder / HEAD_CONFIG_FILE)
-        state, info = weights.read(folder)
+        state, info = weights.read(folder, any_positions=True)
         try:
             state |= {f"head.{name}": tensor for name, tensor in load_file(folder / HEAD_FILE).items()}
         except (OSError, SafetensorError) as error:

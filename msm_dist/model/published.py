@@ -1,13 +1,16 @@
 """Published MSM-MAE checkpoints: their layout to our models and back.
 
 In: a file (a pickle, read by torch's weights-only loader with argparse.Namespace allowed: none of its code runs), or
-its state_dict. Out: a model whose geometry is inferred from the tensors alone, and what became of every tensor. Two
-generations exist: the paper's has query and value biases and a 1-D decoder table, the later re-run's has full biases,
-a 2-D decoder table and `norm_stats`. Position tables are compared with ours, not read. Everything that doesn't fit
-raises CheckpointError.
+its state_dict. Out: a model whose geometry is inferred from the tensors alone (published_settings.py), and what became
+of every tensor. Two generations exist: the paper's has query and value biases and a 1-D decoder table, the later
+re-run's has full biases, a 2-D decoder table and `norm_stats`. Position tables are compared with ours, not read. A file
+that we write has beside its tensors an entry `msm_dist`, JSON, which other readers overlook: where the weights come
+from. Everything that doesn't fit raises CheckpointError.
 """
 
+import json
 import math
+import os
 import struct
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -19,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msm_dist.config import MODEL_SIZES, Model
+from msm_dist.config import Model
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.model.mae import MaskedSpectrogramModel
-from msm_dist.model.patches import PatchGrid, sincos_1d, sincos_2d
+from msm_dist.model.published_settings import WEIGHT_TYPES, decoder_settings, encoder_settings
 from msm_dist.model.tensors import built
 
-TABLE_TOLERANCE = 1e-4  # between float32 tables computed in different orders
 TABLES = ("pos_embed", "decoder_pos_embed")
 STATISTICS = "norm_stats"
+MARK = "msm_dist"
 DECODER = ("decoder_", "mask_token")
 # What torch raises for files of other kinds, damaged files, and pickles that would run something.
 UNREADABLE = (
@@ -62,6 +65,8 @@ class PublishedFile:
     beside: tuple[str, ...]
     """Names of its other entries, such as optimizer, scaler and args; none of them is used."""
     epoch: int | None
+    origin: dict[str, Any] | None = None
+    """Where the weights come from, in a file that this program wrote; None in all others."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,14 @@ def read_file(path: str | Path) -> PublishedFile:
         # Where `write_file` puts them for the generation whose state_dict has no place for them.
         state.setdefault(STATISTICS, content[STATISTICS])
         beside.remove(STATISTICS)
+    origin = _origin(content.get(MARK)) if wrapped else None
+    if origin is not None:
+        beside.remove(MARK)
     epoch = content.get("epoch") if wrapped else None
     if type(epoch) is not int:
-        return PublishedFile(state, tuple(beside), None)
+        return PublishedFile(state, tuple(beside), None, origin)
     beside.remove("epoch")
-    return PublishedFile(state, tuple(beside), epoch)
+    return PublishedFile(state, tuple(beside), epoch, origin)
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
@@ -127,23 +135,30 @@ def from_published(source: Mapping[str, Tensor] | str | Path, encoder_only: bool
 
 
 def convert(
-    state: Mapping[str, Tensor], encoder_only: bool = False, strict: bool = True, label: str = "published state_dict"
+    state: Mapping[str, Tensor],
+    encoder_only: bool = False,
+    strict: bool = True,
+    label: str = "published state_dict",
+    keeps_places: bool = False,
 ) -> Conversion:
     """A model with these weights, and a report. The encoder is taken whole, or CheckpointError.
 
     strict: the decoder too, and nothing may be left over. Else what has no place is left out, and a decoder that is not
     whole keeps its initial values as a whole. `encoder_only` leaves the decoder out, for files with another one.
+    `keeps_places`: these weights were trained by a decoder without the published one's flaw, see NO_CLS_NOTE.
     """
     try:
-        values, grid = _encoder_settings(state, label)
+        values, grid = encoder_settings(state, label)
         try:
-            values |= {} if encoder_only else _decoder_settings(state, grid, values["cls_token"], label)
+            values |= {} if encoder_only else decoder_settings(state, grid, values["cls_token"], label)
         except (KeyError, CheckpointError):
             if strict:
                 raise
             encoder_only = True
     except KeyError as error:
-        raise CheckpointError(f"{label}: tensor {error.args[0]} is missing; not a published MSM-MAE") from None
+        name = error.args[0]
+        remedy = "--encoder-only takes the encoder alone" if _in_decoder(name) else "not a published MSM-MAE"
+        raise CheckpointError(f"{label}: tensor {name} is missing; {remedy}") from None
     except ConfigError as error:
         raise CheckpointError(f"{label}: {error}") from None
     model = built(Model(**values), grid.n_mels, grid.frames, label).to(state["patch_embed.proj.weight"].dtype)
@@ -168,7 +183,7 @@ def convert(
     _take(model, state, [name for name in taken if name not in TABLES], label)
     missing = () if takes_decoder else tuple(n for n in of_decoder if n in expected and n not in TABLES)
     unused = tuple(name for name in state if name not in taken and name != STATISTICS)
-    notes = (NO_CLS_NOTE,) if takes_decoder and not values["cls_token"] else ()
+    notes = (NO_CLS_NOTE,) if takes_decoder and not values["cls_token"] and not keeps_places else ()
     return Conversion(model, unused, missing, notes)
 
 
@@ -182,16 +197,27 @@ def to_published(model: MaskedSpectrogramModel) -> dict[str, Tensor]:
     return state
 
 
-def write_file(model: MaskedSpectrogramModel, mean: float, std: float, path: Path) -> None:
+def write_file(
+    model: MaskedSpectrogramModel,
+    mean: float,
+    std: float,
+    path: Path,
+    origin: Mapping[str, Any] | None = None,
+    encoder_only: bool = False,
+) -> None:
     """Write a model in the published layout, there whole or not at all. Raises OSError.
 
-    `norm_stats` lies among the tensors where keys have a bias, as in that generation, and else beside them, where
-    readers of the paper's layout overlook it and `read_file` finds it.
+    `norm_stats` (float32) lies among the tensors where keys have a bias, as in that generation, and else beside them,
+    where readers of the paper's layout overlook it and `read_file` finds it, as it finds `origin`. `encoder_only`
+    leaves the decoder out.
     """
-    state = {name: tensor.detach().clone().contiguous() for name, tensor in to_published(model).items()}
-    statistics = {STATISTICS: torch.tensor([mean, std], dtype=torch.float64)}
-    content = {"model": state | statistics} if model.config.key_bias else {"model": state} | statistics
-    temporary = path.with_name(f"{path.name}.part")
+    published = to_published(model)
+    names = [name for name in published if not (encoder_only and _in_decoder(name))]
+    state = {name: published[name].detach().clone().contiguous() for name in names}
+    statistics = {STATISTICS: torch.tensor([mean, std], dtype=torch.float32)}
+    content: dict[str, Any] = {"model": state | statistics} if model.config.key_bias else {"model": state} | statistics
+    content[MARK] = json.dumps({"origin": dict(origin or {})})
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(content, file)
@@ -218,13 +244,21 @@ def statistics_of(state: Mapping[str, Tensor], label: str = "published state_dic
 def _take(model: MaskedSpectrogramModel, state: Mapping[str, Tensor], names: Iterable[str], label: str) -> None:
     """Lay tensors into a model. Raises CheckpointError for values that are no weights."""
     names = list(names)
-    if wrong := [n for n in names if not state[n].is_floating_point() or not state[n].isfinite().all()]:
+    if wrong := [n for n in names if state[n].dtype not in WEIGHT_TYPES or not state[n].isfinite().all()]:
         raise CheckpointError(f"{label}: not finite floating-point numbers:\n" + "\n".join(f"  {n}" for n in wrong))
     own = model.state_dict()
     for name in names:
         ours = _our_name(name)
         own[ours] = state[name].reshape(own[ours].shape).to(own[ours].dtype)
     model.load_state_dict(own)
+
+
+def _origin(mark: Any) -> dict[str, Any] | None:
+    """What a file of ours says of itself; None where there is no such entry, or another program's."""
+    try:
+        return dict(json.loads(mark)["origin"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Iterable[str]) -> str:
@@ -252,84 +286,3 @@ def _published_name(ours: str) -> str:
     prefix = next(prefix for prefix in PREFIXES if ours.startswith(prefix))
     name = PREFIXES[prefix] + ours.removeprefix(prefix)
     return name.replace(".qkv.q_bias", ".q_bias").replace(".qkv.v_bias", ".v_bias")
-
-
-def _encoder_settings(state: Mapping[str, Tensor], label: str) -> tuple[dict[str, Any], PatchGrid]:
-    """Settings of the encoder and the grid behind the tensors. Raises KeyError for a missing one, CheckpointError."""
-    projection, table = state["patch_embed.proj.weight"], state["pos_embed"]
-    if projection.ndim != 4 or projection.shape[1] != 1:
-        raise CheckpointError(
-            f"{label}: patch_embed.proj.weight is {list(projection.shape)}: an MSM-MAE has one input channel, "
-            "[width, 1, bands, frames]; a model of images is none"
-        )
-    width, _, height, frames = projection.shape
-    num_prefix = int("cls_token" in state)
-    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] <= num_prefix or table.shape[2] != width:
-        raise CheckpointError(f"{label}: pos_embed is {list(table.shape)}: must be [1, patches + CLS, {width}]")
-    grid = _grid(table[0], num_prefix, (height, frames))
-    if not _equal(table[0], sincos_2d(grid, width, num_prefix)):
-        raise CheckpointError(f"{label}: pos_embed is not the fixed 2-D table of {grid}")
-    encoder = _heads(width, _num_blocks(state, "blocks."), decoder=False, label=label)
-    values = dict(zip(("embed_dim", "depth", "num_heads"), encoder, strict=True))
-    settings = {"patch_size": f"{height}x{frames}", "cls_token": bool(num_prefix)}
-    return values | settings | {"key_bias": "blocks.0.attn.qkv.bias" in state}, grid
-
-
-def _decoder_settings(state: Mapping[str, Tensor], grid: PatchGrid, cls_token: bool, label: str) -> dict[str, Any]:
-    """Settings of the decoder. Raises KeyError for a missing tensor, CheckpointError."""
-    embed, table = state["decoder_embed.weight"], state["decoder_pos_embed"]
-    width = embed.shape[0] if embed.ndim == 2 else 0
-    rows = int(cls_token) + grid.num_patches
-    if list(table.shape) != [1, rows, width]:
-        raise CheckpointError(f"{label}: decoder_pos_embed is {list(table.shape)}: must be [1, {rows}, {width}]")
-    tables = {
-        "1d": sincos_1d(grid.num_patches, width, int(cls_token)),
-        "2d": sincos_2d(grid, width, int(cls_token)),
-    }
-    positions = next((name for name, ours in tables.items() if _equal(table[0], ours)), None)
-    if positions is None:
-        raise CheckpointError(
-            f"{label}: decoder_pos_embed is neither the 1-D nor the 2-D table; take the encoder alone with "
-            "encoder_only=True (--encoder-only)"
-        )
-    _, depth, heads = _heads(width, _num_blocks(state, "decoder_blocks."), decoder=True, label=label)
-    return {
-        "decoder_embed_dim": width,
-        "decoder_depth": depth,
-        "decoder_num_heads": heads,
-        "decoder_positions": positions,
-    }
-
-
-def _grid(table: Tensor, num_prefix: int, patch: tuple[int, int]) -> PatchGrid:
-    """The grid behind a table [P + L, D]: the time half of a row repeats after Tg patches."""
-    time = table[num_prefix:, : table.shape[1] // 2].double()
-    repeats = (time - time[0]).abs().amax(dim=1)[1:] < _tolerance(table)
-    columns = int(repeats.nonzero()[0]) + 1 if repeats.any() else len(time)
-    return PatchGrid(len(time) // columns * patch[0], columns * patch[1], patch)
-
-
-def _heads(width: int, depth: int, decoder: bool, label: str) -> tuple[int, int, int]:
-    """Width, depth, heads; the heads leave no trace in the tensors and come from the named sizes."""
-    for size in MODEL_SIZES.values():
-        known = size[3:] if decoder else size[:3]
-        if known[:2] == (width, depth):
-            return known
-    part = "decoder" if decoder else "encoder"
-    raise CheckpointError(
-        f"{label}: {part} of width {width} with {depth} blocks is no published geometry, so its number of "
-        f"heads is not known; known: {', '.join(MODEL_SIZES)}"
-    )
-
-
-def _num_blocks(state: Iterable[str], prefix: str) -> int:
-    return len({name.split(".")[1] for name in state if name.startswith(prefix)})
-
-
-def _equal(table: Tensor, ours: Tensor) -> bool:
-    return table.shape == ours.shape and bool((table.double() - ours).abs().max() < _tolerance(table))
-
-
-def _tolerance(table: Tensor) -> float:
-    """How far a table may be from ours: in half precision, its rounding."""
-    return max(TABLE_TOLERANCE, torch.finfo(table.dtype).eps) if table.is_floating_point() else TABLE_TOLERANCE

@@ -5,6 +5,7 @@ model and its front end: geometry, features, mean and std). Nothing is unpickled
 CheckpointError.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from msm_dist.config import Features, Model
 from msm_dist.errors import CheckpointError
+from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.published import from_published, read_published, to_published
 from msm_dist.model.tensors import built, differences, some
@@ -39,6 +41,13 @@ FORMAT = "msm-dist weights"
 VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CLASSIFIER_FOLDER = "classifier"
+"""In an export: where fine-tuning puts weights whose position table is interpolated, so that nobody takes them."""
+INTERPOLATED = (
+    "a classifier fine-tuned with model.positions=interpolated: its encoder computes with a stretched position table, "
+    "which only msm_dist.evaluate.classifier.Tagger has; fine-tune with model.positions=computed for weights that can "
+    "be embedded with"
+)
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,17 @@ def save(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> Pa
         "origin": info.origin,
     }
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    temporary = folder / f"{WEIGHTS_FILE}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights_part, config_part = folder / f"{WEIGHTS_FILE}.part", folder / f"{CONFIG_FILE}.part"
-        save_file(tensors, weights_part)
+        save_file(tensors, temporary)
         # safetensors lets nobody else read its files; the folder's mode says who may.
-        weights_part.chmod(folder.stat().st_mode & 0o666)
-        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(weights_part, folder / WEIGHTS_FILE)
-        os.replace(config_part, folder / CONFIG_FILE)
+        temporary.chmod(folder.stat().st_mode & 0o666)
+        temporary.replace(folder / WEIGHTS_FILE)
+        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{folder}: can't write the weights ({error}); check space and permissions") from None
     return folder
 
@@ -98,13 +108,16 @@ def load(path: str | Path) -> tuple[MaskedSpectrogramModel, WeightsInfo]:
     return model, info
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+def read(path: str | Path, any_positions: bool = False) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The tensors by name, on the CPU, and what stands beside them; no model is built. Raises CheckpointError.
 
-    `path` is anything `weights_folder` takes.
+    `path` is anything `weights_folder` takes. `any_positions`: the caller minds a position table that is stretched,
+    as the models built here do not; else such weights are refused.
     """
     folder = weights_folder(path)
     info = _read_info(folder / CONFIG_FILE)
+    if info.origin.get("positions") == "interpolated" and not any_positions:
+        raise CheckpointError(f"{folder}: {INTERPOLATED}")
     try:
         return load_file(folder / WEIGHTS_FILE), info
     except (OSError, SafetensorError) as error:
@@ -155,6 +168,8 @@ def _read_info(path: Path) -> WeightsInfo:
             dict(config["origin"]),
         )
     except FileNotFoundError:
+        if (path.parent / CLASSIFIER_FOLDER / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{path}: no such file; {CLASSIFIER_FOLDER}/ beside it is {INTERPOLATED}") from None
         raise CheckpointError(
             f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
         ) from None

@@ -12,7 +12,8 @@ from msm_dist.model.weights import WeightsInfo, save
 RATE = 16000
 KINDS = ("hiss", "hum", "noise")
 TINY = Model(embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-INFO = WeightsInfo(TINY, Features(mean=-6.5, std=3.5), 96, {"run": "tiny"})
+ORIGIN = {"run": "tiny", "init_from": {"sha256": "0" * 64, "origin": {"published_file": "base.pth", "notes": ["one"]}}}
+INFO = WeightsInfo(TINY, Features(mean=-6.5, std=3.5), 96, ORIGIN)
 
 
 def new_model(info: WeightsInfo = INFO, seed: int = 1) -> MaskedSpectrogramModel:

@@ -13,7 +13,7 @@ import torch
 
 from msm_dist.evaluate.classifier import Tagger
 from msm_dist.evaluate.encoder import Encoder
-from tests.labelled import KINDS, RATE, new_model, write_sounds, write_weights
+from tests.labelled import INFO, KINDS, RATE, new_model, write_sounds, write_weights
 from tests.processes import HERE, free_port, rank_environment
 from tests.test_pretrain import finish, wait_for
 
@@ -130,7 +130,8 @@ def test_encoder_reads_the_fine_tuned_weights(runs):
     waveform = 0.1 * torch.randn(1, RATE, generator=torch.Generator().manual_seed(0))
     before = Encoder(new_model(), tuned.info).embed(waveform, RATE)
     assert tuned.info.crop_frames == 64
-    assert tuned.info.origin["finetuned_from"] == {"run": "tiny"}
+    assert tuned.info.origin["finetuned_from"] == INFO.origin
+    assert tuned.info.origin["untrained"] == ["decoder"]
     assert not torch.allclose(tuned.embed(waveform, RATE), before, atol=1e-2)
 
 

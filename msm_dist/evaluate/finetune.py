@@ -287,6 +287,8 @@ def finish(run: Finetuning) -> None:
         "run": cfg.run.name,
         "step": run.step,
         "task": labelled.task.name,
+        # It no longer fits the encoder beside it.
+        "untrained": ["decoder"],
         "finetuned_from": run.start.info.origin,
     }
     info = WeightsInfo(run.start.info.model, run.start.info.features, run.start.info.crop_frames, origin)
@@ -318,7 +320,7 @@ def build(
     )
     total_steps, warmup_steps = length_of(cfg, len(labelled.parts.train))
     identity = {
-        "weights_digest": start.digest,
+        "weights_digest": start.identity,
         "task_digest": labelled.digest,
         "num_samples": labelled.num_samples,
         "clips_per_epoch": len(labelled.parts.train),

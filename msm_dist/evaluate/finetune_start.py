@@ -5,6 +5,7 @@ can't be read, with ConfigError where they don't fit the settings.
 """
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 
@@ -30,6 +31,17 @@ class Start:
     """Goes into the export as it is, for the encoder to be read as any other."""
     info: WeightsInfo
     digest: str
+    """sha256 of the file of tensors."""
+
+    @property
+    def identity(self) -> str:
+        """The digest of all that a run starts from: tensors, geometry, front end with its statistics, crop."""
+        # How they are trained is no property of weights.
+        model = self.info.model.model_dump(mode="json", exclude={"backend", "activation_checkpointing"})
+        features = self.info.features.model_dump(mode="json")
+        return hashlib.sha256(
+            json.dumps([self.digest, model, features, self.info.crop_frames], sort_keys=True).encode()
+        ).hexdigest()
 
 
 def read_start(cfg: FinetuneConfig) -> Start:

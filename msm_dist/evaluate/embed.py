@@ -22,11 +22,12 @@ from msm_dist.data.clips import Progress, quiet
 from msm_dist.data.contents import printable
 from msm_dist.data.index import listed
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate.checks import Layer
 from msm_dist.evaluate.chunks import Clip, Stored
 from msm_dist.evaluate.embedding_file import EmbeddingFile
-from msm_dist.evaluate.encoder import Encoder, Layer, Normalization
+from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.inputs import LONG_SECONDS, Entry, Long, Source, entries, find_inputs
-from msm_dist.evaluate.normalization import measured
+from msm_dist.evaluate.normalization import Normalization, measured
 
 READERS = 4
 SECONDS_AT_ONCE = 240

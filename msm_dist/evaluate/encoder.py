@@ -111,13 +111,16 @@ class Encoder:
         return self.with_statistics(measured(sounds, self.features).checked())
 
     def with_statistics(self, statistics: Statistics, normalization: Normalization = "dataset") -> "Encoder":
-        """This encoder, its weights shared, with the mean and deviation given."""
+        """This encoder, its weights shared, with the mean and deviation given. Raises ConfigError."""
         other = copy.copy(self)
         other.normalization, other.statistics = normalization, checked_mean_and_std(statistics)
         return other
 
     def to(self, device: str | torch.device) -> "Encoder":
-        """This encoder on another device, with a copy of its weights there; itself where it is there already."""
+        """This encoder on another device, with a copy of its weights there; itself where it is there already.
+
+        Raises ConfigError.
+        """
         place = checked_device(device)
         if place == self.device:
             return self

@@ -102,6 +102,35 @@ def test_a_number_that_never_changes_is_harmless(protocol):
     assert accuracy(scores, given) > 0.6
 
 
+def test_clips_in_the_order_of_their_classes_are_learnt_by_the_protocol_hear(monkeypatch):
+    """In batches of one class each, batch norm would never see two of them at once."""
+    monkeypatch.setattr(protocols, "HEAR_BATCH", 30)
+    monkeypatch.setattr(protocols, "HEAR_WIDTH", 64)
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.repeat(np.arange(4), 60), rng.integers(0, 4, 160)])
+    vectors = 2 * rng.standard_normal((4, 16))[labels] + rng.standard_normal((400, 16))
+    parts = Parts(np.arange(240), np.arange(240, 300), np.arange(300, 400))
+    given = Problem(
+        torch.from_numpy(vectors.astype(np.float32)), np.eye(4, dtype=np.float32)[labels], parts, False, "top1_acc"
+    )
+    assert (hear(given, 0, (POINT,)).scores.argmax(1) == labels[300:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_one_number_added_to_all_logits_of_a_clip_changes_nothing(multilabel):
+    """Unless each class is a question of its own."""
+    given = problem(multilabel=multilabel)
+    rows = protocols._Rows(given, protocols._standard(given))
+    plain = torch.nn.Linear(24, 3)
+    shifted = torch.nn.Linear(24, 3)
+    shifted.load_state_dict({"weight": plain.weight + 5 * torch.randn(1, 24), "bias": plain.bias})
+    expected, found = (protocols._apply(rows, model, PARTS.test)[0] for model in (plain, shifted))
+    if multilabel:
+        assert not np.allclose(found, expected, atol=1)
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_learning_rate_is_chosen_on_validation_clips():
     given = problem()
     assert linear(given, 0, rates=(1e-7, 3e-3)).chosen["lr"] == 3e-3
@@ -195,6 +224,18 @@ def test_neighbours_are_the_nearest_by_cosine():
     np.testing.assert_allclose(fitted.scores, [[0, 1, 0], [1, 0, 0]], atol=1e-5)
 
 
+@pytest.mark.parametrize("nearer", [0, 1])
+def test_the_nearer_of_two_classes_decides_at_any_distance(nearer, monkeypatch):
+    """Whichever number the class has: without the tie-break the first would win."""
+    monkeypatch.setattr(protocols, "_standard", lambda given: (torch.zeros(2), torch.ones(2)))
+    cosines = torch.tensor([0.80, 0.84] if nearer else [0.84, 0.80])
+    known = torch.stack([cosines, torch.tensor([1.0, -1.0]) * (1 - cosines.square()).sqrt()], 1)
+    vectors = torch.cat([known, torch.tensor([[1.0, 0.0]])])
+    targets = np.eye(2, dtype=np.float32)[[0, 1, 0]]
+    given = Problem(vectors, targets, Parts(np.arange(2), np.arange(2), np.array([2])), False, "top1_acc")
+    assert knn(given, neighbours=2).scores[0].argmax() == nearer
+
+
 def test_fewer_clips_than_neighbours_are_all_neighbours():
     given = problem()
     few = Problem(given.vectors, given.targets, Parts(np.arange(4), np.arange(4), PARTS.test), False, "top1_acc")
@@ -217,6 +258,25 @@ def test_validation_clips_without_labels_are_named():
     given.targets[PARTS.valid] = 0
     with pytest.raises(DataError, match="no clip"):
         linear(given, 0)
+
+
+@pytest.mark.parametrize("fitting", [linear, hear])
+def test_validation_clips_without_any_score_are_named(fitting, monkeypatch):
+    """The area under the ROC curve needs clips with and without a label."""
+    monkeypatch.setattr(protocols, "LINEAR_EPOCHS", 2)
+    monkeypatch.setattr(protocols, "HEAR_EPOCHS", 3)
+    given = replace(problem(multilabel=True), parts=replace(PARTS, valid=np.array([120])), score="aucroc")
+    given.targets[120] = 1
+    with pytest.raises(DataError, match="aucroc of the 1 validation clips is never a number"):
+        fitting(given, 0)
+
+
+def test_a_fit_without_a_score_is_passed_over(monkeypatch):
+    """As one that diverged."""
+    found = iter([(np.nan, np.nan), (0.5, -1.0)])
+    monkeypatch.setattr(protocols, "LINEAR_EPOCHS", 1)
+    monkeypatch.setattr(protocols, "_judge", lambda *given: next(found))
+    assert linear(problem(), 0, rates=(3e-3, 3e-4)).chosen["lr"] == 3e-4
 
 
 def test_vectors_far_from_zero_are_standardised_exactly():

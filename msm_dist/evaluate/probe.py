@@ -25,8 +25,8 @@ from msm_dist.data.clips import Progress, quiet
 from msm_dist.errors import ConfigError
 from msm_dist.evaluate.encoder import Encoder, Normalization
 from msm_dist.evaluate.probe_report import Compared, Outcome, Scored, as_json, table
-from msm_dist.evaluate.probe_vectors import BASELINES, TRAINED, clip_vectors, readable_waveforms, sources
-from msm_dist.evaluate.protocols import HearPoint, Problem, Protocol, fit
+from msm_dist.evaluate.probe_vectors import BASELINES, LOGMEL, TRAINED, clip_vectors, readable_waveforms, sources
+from msm_dist.evaluate.protocols import LINEAR_RATES, NARROW_RATES, HearPoint, Problem, Protocol, fit
 from msm_dist.evaluate.recipes import check_recipe
 from msm_dist.evaluate.scores import SCORES, check_scores, interval, resample_weights, resampled
 from msm_dist.evaluate.tasks import Parts, Task, parts_of, read_shards, read_task
@@ -107,7 +107,8 @@ def probe_task(
     scored, draws = {}, {}
     for number, (name, rows) in enumerate(vectors.items()):
         progress(f"{task.name}: fitting", number, len(vectors))
-        given = _Given(task, name in BASELINES, rows, targets, parts, judges, device)
+        rates = NARROW_RATES if name == LOGMEL else LINEAR_RATES
+        given = _Given(task, rates, rows, targets, parts, judges, device)
         scored[name], draws[name] = _judge_source(given, settings)
     progress(f"{task.name}: fitting", len(vectors), len(vectors))
     first = parts[0, 0]
@@ -149,7 +150,7 @@ class _Judge:
 @dataclass(frozen=True)
 class _Given:
     task: Task
-    is_baseline: bool
+    rates: tuple[float, ...]
     rows: Tensor
     targets: np.ndarray
     parts: dict[tuple[int, int], Parts]
@@ -169,7 +170,7 @@ def _judge_source(given: _Given, settings: Settings) -> tuple[Scored, np.ndarray
             part = given.parts[fold, seed]
             labels = _shuffled(given.targets, part, seed) if settings.shuffle_labels else given.targets
             problem = Problem(given.rows, labels, part, task.multilabel, task.scores[0], given.device)
-            fitted = fit(settings.protocol, problem, seed, given.is_baseline, point)
+            fitted = fit(settings.protocol, problem, seed, given.rates, point)
             if settings.protocol == "hear":
                 point = point or HearPoint(*(fitted.chosen[name] for name in HearPoint._fields))
             found = judge.values(fitted.scores)

@@ -382,6 +382,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(values, source=str(path))
 
 
+def is_finetuning(path: Path) -> bool:
+    """Whether a config.yaml is that of a fine-tuning run, which has other settings. False where it can't be read."""
+    try:
+        data = read_settings(path, ()).get("data")
+    except ConfigError:
+        return False
+    return isinstance(data, dict) and "task" in data
+
+
 def read_settings(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """The plain values of a YAML file, if any, with `a.b=c` overrides on top. Raises ConfigError."""
     values = {} if path is None else _read_yaml(Path(path), seen=())

@@ -19,7 +19,8 @@ from msm_dist.config import dump_config, parse_config
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.weights_commands import app
-from msm_dist.evaluate.weights_export import export, import_published
+from msm_dist.evaluate.weights_export import export
+from msm_dist.evaluate.weights_import import import_published
 from msm_dist.evaluate.weights_inspect import inspect
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import load

@@ -57,7 +57,8 @@ def test_commands_and_code_of_the_weights_page_run(place, capsys):
     for words in commands(WEIGHTS):
         call(words)
     said = capsys.readouterr().out
-    assert said.count("model card") == 3
+    assert said.count("model card") == 4
+    assert {path.name for path in Path().iterdir()} >= {"early", "converted", "encoder", "again.pth"}
     assert load("runs/first")[1].origin["step"] == 6
     assert load("early")[1].origin["step"] == 4
     assert load("encoder")[1].origin["untrained"] == ["decoder"]

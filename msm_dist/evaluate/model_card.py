@@ -1,19 +1,24 @@
-"""The card beside exported weights: a README.md that states what they are, and how to load them.
+"""The text of the card beside exported weights: what they are, and how to load them.
 
 In: what the weights say of themselves, and where they come from a run its configuration and metrics. Out: Markdown with
 the YAML front matter that the Hugging Face Hub reads. Facts only; what is not known is not said, and the licence of the
-weights is left to whoever publishes them.
+weights is left to whoever publishes them, but where they descend from a published checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from msm_dist.config import Config
+from msm_dist.errors import ConfigError
+from msm_dist.evaluate.finetune_config import FinetuneConfig
+from msm_dist.model.mae import Decoder, Encoder
+from msm_dist.model.origin import chain, is_trained, published_ancestor, told
 from msm_dist.model.patches import PatchGrid
-from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo
+from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, differences
 
 PAPER = "https://arxiv.org/abs/2204.12260"
 TAGS = ["audio", "masked-spectrogram-modeling", "masked-autoencoder", "self-supervised"]
@@ -23,7 +28,7 @@ def model_card(
     state: Mapping[str, Tensor],
     info: WeightsInfo,
     digest: str,
-    cfg: Config | None = None,
+    cfg: Config | FinetuneConfig | None = None,
     records: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The card of weights `state` whose file has the sha256 `digest`; `records` are lines of metrics.jsonl."""
@@ -32,10 +37,12 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_plain(title)}",
-        f"An audio encoder pre-trained by [masked spectrogram modeling]({PAPER}), in the format of msm-dist.",
+        f"An audio encoder pre-trained by [masked spectrogram modeling]({PAPER}){_tuned(info.origin)}, in the format "
+        "of msm-dist.",
         _use(info),
         "## What it is\n\n" + _table(_facts(state, info, digest)),
-        *_data(info.origin.get("corpus") or []),
+        *_descent(info.origin),
+        *_data(next((one["corpus"] for one in chain(info.origin) if one.get("corpus")), [])),
         *_training(info, cfg, records),
         *_conversion(info.origin),
         "## Licence\n\n" + _licence(info.origin),
@@ -55,7 +62,8 @@ def facts(info: WeightsInfo) -> dict[str, str]:
         "encoder": f"{geometry.depth} blocks, width {geometry.embed_dim}, {geometry.num_heads} heads, {biases}, "
         + ("CLS token" if model.cls_token else "no CLS token"),
         "decoder": f"{geometry.decoder_depth} blocks, width {geometry.decoder_embed_dim}, "
-        f"{geometry.decoder_num_heads} heads, {model.decoder_positions[0]}-D positions",
+        f"{geometry.decoder_num_heads} heads, {model.decoder_positions[0]}-D positions"
+        + ("" if is_trained(info.origin, "decoder") else "; not trained with this encoder: reconstructs nothing"),
         "input": f"{features.n_mels} bands x {info.crop_frames} frames ({seconds:.2f} s at {features.sample_rate} Hz)",
         "patches": f"{model.patch_size} (bands x frames): {rows} x {columns} of them{masked}",
         "embedding": f"{rows * geometry.embed_dim} numbers every "
@@ -75,13 +83,50 @@ def parameter_counts(state: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{part} {count:,}" for part, count in parts.items()) + f", all {sum(parts.values()):,}"
 
 
+def other_model(state: Mapping[str, Tensor], info: WeightsInfo) -> str:
+    """How the tensors are not those that the configuration describes; empty where they are."""
+    try:
+        grid = PatchGrid(info.features.n_mels, info.crop_frames, info.model.patch)
+        with torch.device("meta"):
+            parts = nn.ModuleDict({"encoder": Encoder(info.model, grid), "decoder": Decoder(info.model, grid)})
+    except ConfigError:
+        return "the tensors are not those that model.* describes"
+    found = differences(state, parts.state_dict())
+    return f"the tensors are not those that model.* describes; {found}" if found else ""
+
+
 def _facts(state: Mapping[str, Tensor], info: WeightsInfo, digest: str) -> dict[str, str]:
     origin = info.origin
     steps = {"steps": f"{origin['step']:,}"} if isinstance(origin.get("step"), int) else {}
-    return facts(info) | {"parameters": parameter_counts(state)} | steps | {f"sha256 of {WEIGHTS_FILE}": digest}
+    other = {"other model": _plain(found)} if (found := other_model(state, info)) else {}
+    digests = {f"sha256 of {WEIGHTS_FILE}": digest}
+    return facts(info) | {"parameters": parameter_counts(state)} | other | steps | digests
+
+
+def _tuned(origin: Mapping[str, Any]) -> str:
+    return f" and fine-tuned to label {_plain(origin['task'])}" if "task" in origin else ""
 
 
 def _use(info: WeightsInfo) -> str:
+    """How to load the weights, in code that runs."""
+    tagger = """```python
+import soundfile, torch
+from msm_dist.evaluate.classifier import Tagger
+
+tagger = Tagger.load("FOLDER")  # this folder
+audio, sample_rate = soundfile.read("sound.wav", dtype="float32", always_2d=True)
+probabilities = tagger.predict(torch.from_numpy(audio.mean(axis=1))[None], sample_rate)  # [1, labels]
+print(dict(zip(tagger.labels, probabilities[0].tolist())))
+```"""
+    if info.origin.get("positions") == "interpolated":
+        return (
+            f"## How to load it\n\n{tagger}\n\nThe position table is stretched to the clips' length, which `Tagger` "
+            "does; `Encoder` refuses these weights."
+        )
+    return _encoder_use(info) + (f"\n\nWith its head, as a classifier:\n\n{tagger}" if "task" in info.origin else "")
+
+
+def _encoder_use(info: WeightsInfo) -> str:
     return f"""## How to load it
 
 ```python
@@ -100,6 +145,14 @@ Audio of any length and rate. The statistics below belong to the weights and are
 
 def _width(info: WeightsInfo) -> int:
     return info.features.n_mels // info.model.patch[0] * info.model.geometry.embed_dim
+
+
+def _descent(origin: Mapping[str, Any]) -> list[str]:
+    """A line for each of the weights that these were made from, one after the other."""
+    made = [f"{number}. {_plain(told(one))}" for number, one in enumerate(chain(origin), 1)]
+    if len(made) == 1:
+        return []
+    return ["## Made from\n\nThese weights, and those that each was made from:\n\n" + "\n".join(made)]
 
 
 def _data(corpus: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -122,19 +175,21 @@ def _data(corpus: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["\n".join(rows)]
 
 
-def _training(info: WeightsInfo, cfg: Config | None, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _training(
+    info: WeightsInfo, cfg: Config | FinetuneConfig | None, records: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """Settings and figures of the run."""
     rows: dict[str, str] = {}
     step = info.origin.get("step")
     if cfg is not None:
         rows |= {
-            "global batch": f"{cfg.train.global_batch} crops",
+            "global batch": f"{cfg.train.global_batch} {'clips' if 'task' in info.origin else 'crops'}",
             "peak learning rate": f"{cfg.peak_lr:g}",
             "weight decay": f"{cfg.optim.weight_decay:g}",
             "precision": cfg.train.precision,
             "seed": str(cfg.seed),
         }
-        if isinstance(step, int):
+        if isinstance(step, int) and "task" not in info.origin:
             crops = step * cfg.train.global_batch
             seconds = info.crop_frames * info.features.hop / info.features.sample_rate
             rows["seen"] = f"{crops:,} crops, {crops * seconds / 3600:,.2f} h"
@@ -166,14 +221,16 @@ def _conversion(origin: Mapping[str, Any]) -> list[str]:
     if origin.get("untrained"):
         rows["not trained"] = ", ".join(origin["untrained"]) + ": not in the file or not taken, random values"
     notes = "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in origin.get("notes", ()))
-    return ["## Converted from a published checkpoint\n\n" + _table(rows) + notes]
+    kind = "file that msm-dist wrote in the published layout" if "exported_from" in origin else "published checkpoint"
+    return [f"## Converted from a {kind}\n\n" + _table(rows) + notes]
 
 
 def _licence(origin: Mapping[str, Any]) -> str:
-    if "published_file" in origin:
+    if ancestor := published_ancestor(origin):
+        made = "are converted from" if ancestor is origin else "descend from"
         return (
-            "These are converted weights: the licence of the published checkpoint holds for them. msm-dist itself is "
-            "Apache-2.0."
+            f"These weights {made} {_plain(ancestor['published_file'])}: the licence of the published checkpoint holds "
+            "for them. msm-dist itself is Apache-2.0."
         )
     return (
         "Not stated: whoever publishes these weights chooses it, here and as `license:` in the first lines. The data "

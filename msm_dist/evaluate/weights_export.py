@@ -1,21 +1,19 @@
-"""`msm-dist weights export` and `import`: checkpoints of runs and published files to folders that `Encoder.load` reads.
+"""`msm-dist weights export`: weights of runs to folders that `Encoder.load` reads, and to the published layout.
 
-In: a run folder, a folder with exported weights, or a published checkpoint. Out: a folder with model.safetensors,
-config.json and README.md, each there whole or not at all, and a report. No DeepSpeed: a checkpoint holds the whole fp32
-masters by name, whatever ZeRO stage and offload trained them. Fails with CheckpointError and ConfigError.
+In: a run folder, one of its checkpoints, or a folder with exported weights. Out: a folder with model.safetensors,
+config.json and README.md, of a fine-tuned run the files of its head too, each there whole or not at all; a .pth; and a
+report. No DeepSpeed: a checkpoint holds the whole fp32 masters by name, whatever ZeRO stage and offload trained them.
+Fails with CheckpointError and ConfigError.
 """
 
 import json
-import textwrap
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from msm_dist.config import Config, Features, load_config
+from msm_dist.config import Config, is_finetuning, load_config
 from msm_dist.engine.stored import (
     Saved,
     checkpoint_name,
@@ -25,16 +23,34 @@ from msm_dist.engine.stored import (
     open_checkpoint,
     read_masters,
 )
-from msm_dist.errors import CheckpointError, ConfigError, DataError
-from msm_dist.evaluate.model_card import model_card, parameter_counts
+from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.evaluate.classifier import HEAD_CONFIG_FILE, HEAD_FILE
+from msm_dist.evaluate.model_card import parameter_counts
+from msm_dist.evaluate.weights_card import write_card
 from msm_dist.files import write_atomically
-from msm_dist.model.published import PublishedFile, convert, read_file, statistics_of, write_file
-from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, load, read, save, weights_folder
-from msm_dist.monitor import read_metrics
+from msm_dist.model.origin import is_published, is_trained, of_run
+from msm_dist.model.published import write_file
+from msm_dist.model.tensors import some
+from msm_dist.model.weights import (
+    CLASSIFIER_FOLDER,
+    INTERPOLATED,
+    WEIGHTS_FILE,
+    WeightsInfo,
+    model_of,
+    read,
+    save,
+    weights_folder,
+)
 
-CARD_FILE = "README.md"
-AUDIOSET = (-7.1, 4.2)
-"""Mean and deviation of AudioSet's log-mel, with which the paper's models were trained."""
+UNTRAINED_NOTE = (
+    "the decoder is left out: it was not trained with this encoder. A strict reader misses its tensors; "
+    "msm-dist weights import takes the file with --encoder-only"
+)
+PLACES_NOTE = (
+    "without a CLS token the published decoder drops the first visible token and shifts the others; these weights "
+    "learnt from every token at its place, so the published code reconstructs wrongly with them. The encoder is the "
+    "same in both"
+)
 
 
 @dataclass(frozen=True)
@@ -46,79 +62,29 @@ class Source:
     saved: Saved | None
 
 
-def export(run: Path, step: int | None = None, out: Path | None = None, published: Path | None = None) -> str:
+def export(
+    run: Path,
+    step: int | None = None,
+    out: Path | None = None,
+    published: Path | None = None,
+    overwrite: bool = False,
+) -> str:
     """Write a run's weights to a folder, and what was done as text.
 
     Of a run's export and its checkpoints the latest is taken, or that of `step`. `out` is RUN/export unless given.
-    `published` is a file to write them to in the published layout too. Raises CheckpointError, ConfigError.
+    `published` is a file to write them to in the published layout; without `out` nothing else is written then. What is
+    there is replaced where `overwrite` says so, and in RUN/export. Raises CheckpointError, ConfigError.
     """
     source = find(run, step)
+    for path in (out, published):
+        if path is not None and not _is_same(path, source.exported):
+            refuse_taken(path, overwrite)
     state, info = weights_of(source)
-    folder = out or source.exported or _own_export(run, info)
-    if source.exported is None or folder.resolve() != source.exported.resolve():
-        save(folder, state, info)
-    _write_card(folder, state, info, source.run)
-    taken = source.saved.folder if source.saved else source.exported
-    lines = [
-        f"{folder}: {len(state)} tensors from {taken}" + _step(info),
-        f"  parameters   {parameter_counts(state)}",
-        f"  sha256       {digest(folder / WEIGHTS_FILE)}",
-        f"  model card   {folder / CARD_FILE}; its licence is yours to state",
-    ]
-    if published:
-        model, _ = load(folder)
-        _writing(published, lambda: write_file(model, info.features.mean, info.features.std, published))
-        lines.append(f"  published    {published}, in the layout of the published checkpoints")
-    return "\n".join(lines)
-
-
-def import_published(
-    file: Path,
-    out: Path,
-    statistics: tuple[float | None, float | None] = (None, None),
-    encoder_only: bool = False,
-    strict: bool = True,
-) -> str:
-    """Convert a published checkpoint to a folder, and what became of everything in it as text.
-
-    `statistics` (mean, std) go before the file's own; without either, those of AudioSet are taken, and said.
-    Raises CheckpointError, ConfigError.
-    """
-    if (statistics[0] is None) != (statistics[1] is None):
-        raise ConfigError("--mean and --std: one of them is given; give both, or neither for those of the file")
-    content = read_file(file)
-    conversion = convert(content.state, encoder_only, strict, label=str(file))
-    (mean, std), told = _statistics(content, statistics, str(file))
-    model = conversion.model
-    origin: dict[str, Any] = {
-        "published_file": file.name,
-        "sha256": digest(file),
-        "epoch": content.epoch,
-        "statistics": told,
-        "notes": list(conversion.notes),
-        "untrained": [] if conversion.has_decoder else ["decoder"],
-    }
-    try:
-        features = Features(n_mels=model.grid.n_mels, mean=mean, std=std)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ConfigError(f"--{fault['loc'][0]} {fault['input']}: {fault['msg'].lower()}") from None
-    info = WeightsInfo(model.config, features, model.grid.frames, origin)
-    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    save(out, state, info)
-    _write_card(out, state, info, None)
-    taken = len(content.state) - len(conversion.unused)
-    lines = [
-        f"{out}: {taken} of {len(content.state)} tensors of {file} taken"
-        + (f", epoch {content.epoch}" if content.epoch is not None else ""),
-        f"  parameters   {parameter_counts(state)}",
-        f"  statistics   mean {mean:g}, deviation {std:g}: {told}",
-        f"  sha256       {digest(out / WEIGHTS_FILE)}",
-        *_names("unused", [*conversion.unused, *(f"{name} (beside the tensors)" for name in content.beside)]),
-        *_names("missing", list(conversion.missing), "the decoder has random values; its reconstructions mean nothing"),
-        *(f"  note         {note}" for note in conversion.notes),
-        "  licence      that of the published weights; see its terms before you pass them on",
-    ]
+    lines = []
+    if out is not None or published is None:
+        lines += _write_folder(out or source.exported or _own_export(run, info), source, state, info)
+    if published is not None:
+        lines += _write_published(published, source, state, info)
     return "\n".join(lines)
 
 
@@ -131,7 +97,10 @@ def find(run: Path, step: int | None = None) -> Source:
     if not (run / "config.yaml").is_file():
         if step is not None:
             raise ConfigError(f"--step {step}: {run} is no run folder, so it has no steps to choose from")
-        return Source(None, weights_folder(run), None)
+        is_classifier = (run / HEAD_CONFIG_FILE).is_file()
+        return Source(None, run if is_classifier else weights_folder(run), None)
+    if is_finetuning(run / "config.yaml"):
+        return _finetuned(run, step)
     root, exported = run / "checkpoints", run / "export"
     exported_step = _exported_step(exported)
     if step is not None:
@@ -156,11 +125,9 @@ def find(run: Path, step: int | None = None) -> Source:
 def weights_of(source: Source) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The tensors by name and what stands beside them. Raises CheckpointError, ConfigError."""
     if source.saved is None:
-        return read(source.exported)
+        return read(source.exported, any_positions=True)
     cfg, meta = _config(source.run), source.saved.meta
-    origin = {"run": cfg.run.name, "step": source.saved.step, "index_digest": _index_digest(source.run)}
-    if "corpus" in meta:
-        origin["corpus"] = meta["corpus"]
+    origin = of_run(source.run, cfg.run.name, source.saved.step, _index_digest(source.run), meta.get("corpus"))
     try:
         features = cfg.features.model_copy(update={"mean": float(meta["mean"]), "std": float(meta["std"])})
     except (KeyError, TypeError, ValueError):
@@ -168,6 +135,80 @@ def weights_of(source: Source) -> tuple[dict[str, Tensor], WeightsInfo]:
     # How they were trained is no property of the weights.
     model = cfg.model.model_copy(update={"backend": "auto", "activation_checkpointing": False})
     return read_masters(source.saved), WeightsInfo(model, features, cfg.data.crop_frames, origin)
+
+
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise ConfigError for a file that is there, or a folder with anything in it, unless it may be replaced."""
+    if overwrite:
+        return
+    if path.is_dir() and (names := sorted(entry.name for entry in path.iterdir())):
+        raise ConfigError(
+            f"{path}: holds {some(names)}; name a new folder, or give --overwrite to replace weights that are in it"
+        )
+    if path.is_file():
+        raise ConfigError(f"{path}: is there; name another file, or give --overwrite to replace it")
+
+
+def _write_folder(folder: Path, source: Source, state: dict[str, Tensor], info: WeightsInfo) -> list[str]:
+    """Weights, head and card; the lines of the report."""
+    if not _is_same(folder, source.exported):
+        _write_head(folder, source.exported)
+        save(folder, state, info)
+    taken = source.saved.folder if source.saved else source.exported
+    return [
+        f"{folder}: {len(state)} tensors from {taken}" + _step(info),
+        *([f"  head         {folder / HEAD_FILE}"] if (folder / HEAD_FILE).is_file() else []),
+        f"  parameters   {parameter_counts(state)}",
+        f"  sha256       {digest(folder / WEIGHTS_FILE)}",
+        f"  model card   {write_card(folder, state, info, source.run)}",
+    ]
+
+
+def _write_head(folder: Path, exported: Path | None) -> None:
+    """The head that stands beside exported weights, if any. Raises CheckpointError, ConfigError."""
+    if exported is None or not (exported / HEAD_CONFIG_FILE).is_file():
+        if (folder / HEAD_CONFIG_FILE).is_file():
+            raise ConfigError(f"{folder}: holds the head of a classifier, of other weights; name another folder")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (HEAD_FILE, HEAD_CONFIG_FILE):
+            write_atomically(folder / name, (exported / name).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't write the head ({error}); check space and permissions") from None
+
+
+def _write_published(path: Path, source: Source, state: dict[str, Tensor], info: WeightsInfo) -> list[str]:
+    """The file in the published layout; the lines of the report. Raises CheckpointError."""
+    place = str(source.saved.folder if source.saved else source.exported)
+    if info.origin.get("positions") == "interpolated":
+        raise CheckpointError(f"{place}: {INTERPOLATED}")
+    model, has_decoder = model_of(state, info, place), is_trained(info.origin, "decoder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(model, info.features.mean, info.features.std, path, info.origin, encoder_only=not has_decoder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written ({error.strerror}); check space and permissions") from None
+    notes = [] if has_decoder else [UNTRAINED_NOTE]
+    if has_decoder and not info.model.cls_token and not is_published(info.origin):
+        notes.append(PLACES_NOTE)
+    return [
+        f"{path}: {place}{_step(info)}, in the layout of the published checkpoints",
+        *(f"  note         {note}" for note in notes),
+    ]
+
+
+def _finetuned(run: Path, step: int | None) -> Source:
+    """The export of a fine-tuned run: nothing else has its labels. Raises CheckpointError."""
+    places = (run / "export", run / "export" / CLASSIFIER_FOLDER)
+    exported = next((folder for folder in places if (folder / WEIGHTS_FILE).is_file()), None)
+    if exported is None:
+        raise CheckpointError(
+            f"{run}: a fine-tuned run without its export, which it writes when it finishes; start it again to finish it"
+        )
+    if step is not None and step != (there := _exported_step(exported)):
+        raise CheckpointError(f"--step {step}: of a fine-tuned run there is the export alone, of step {there}")
+    return Source(run, exported, None)
 
 
 def _own_export(run: Path, info: WeightsInfo) -> Path:
@@ -183,14 +224,17 @@ def _exported_step(folder: Path) -> int | None:
     """The step of exported weights; None where there are none. Raises CheckpointError for damaged ones."""
     if not (folder / WEIGHTS_FILE).is_file():
         return None
-    step = read(folder)[1].origin.get("step")
+    step = read(folder, any_positions=True)[1].origin.get("step")
     return step if isinstance(step, int) else 0
 
 
 def _config(run: Path) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run / 'config.yaml'}: no such file; a checkpoint needs the run's settings beside it")
-    return load_config(run / "config.yaml")
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a checkpoint needs the run's settings beside it")
+    if is_finetuning(path):
+        raise CheckpointError(f"{run}: a fine-tuned run, whose checkpoints lack its labels; take its export")
+    return load_config(path)
 
 
 def _index_digest(run: Path) -> Any:
@@ -200,49 +244,8 @@ def _index_digest(run: Path) -> Any:
         return None
 
 
-def _write_card(folder: Path, state: dict[str, Tensor], info: WeightsInfo, run: Path | None) -> None:
-    """README.md with what the run, where there is one, tells of its training."""
-    cfg, records = None, []
-    if run is not None:
-        cfg = _config(run)
-        try:
-            records = read_metrics(run / "metrics.jsonl")
-        except DataError:
-            records = []  # a run without figures, or with damaged ones, is no reason to keep its weights back
-    text = model_card(state, info, digest(folder / WEIGHTS_FILE), cfg, records)
-    _writing(folder / CARD_FILE, lambda: write_atomically(folder / CARD_FILE, text))
-
-
-def _writing(path: Path, action: Callable[[], None]) -> None:
-    """Write a file, its folder made first. Raises CheckpointError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        action()
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be written ({error.strerror}); check space and permissions") from None
-
-
-def _statistics(
-    content: PublishedFile, given: tuple[float | None, float | None], label: str
-) -> tuple[tuple[float, float], str]:
-    """Mean and deviation, and where they are from."""
-    if given[0] is not None and given[1] is not None:
-        return (given[0], given[1]), "as given"
-    if found := statistics_of(content.state, label):
-        return found, "the file's norm_stats"
-    return AUDIOSET, (
-        "assumed, as the file has none: AudioSet's, for weights that were trained on it; --mean and --std for others"
-    )
-
-
-def _names(kind: str, names: Sequence[str], meaning: str = "") -> list[str]:
-    """Every name, in lines of a terminal's width."""
-    if not names:
-        return []
-    lead = f"  {kind:<12} {len(names)}" + (f" ({meaning}): " if meaning else ": ")
-    return textwrap.wrap(
-        lead + ", ".join(names), 110, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False
-    )
+def _is_same(path: Path, exported: Path | None) -> bool:
+    return exported is not None and path.resolve() == exported.resolve()
 
 
 def _step(info: WeightsInfo) -> str:

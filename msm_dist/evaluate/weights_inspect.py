@@ -8,18 +8,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msm_dist.config import Features
 from msm_dist.engine.stored import digest
-from msm_dist.errors import ConfigError
-from msm_dist.evaluate.model_card import facts, parameter_counts
+from msm_dist.evaluate.model_card import facts, other_model, parameter_counts
 from msm_dist.evaluate.weights_export import find, weights_of
-from msm_dist.model.mae import Decoder, Encoder
-from msm_dist.model.patches import PatchGrid
-from msm_dist.model.published import convert, read_file, statistics_of
-from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, differences
+from msm_dist.evaluate.weights_import import converted
+from msm_dist.model.origin import chain, told
+from msm_dist.model.published import read_file, statistics_of
+from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo
 
 BLOCK = re.compile(r"^(.*blocks\.)(\d+)(\..*)$")
 
@@ -36,8 +34,8 @@ def inspect(path: Path) -> str:
         place, digests = source.exported, {WEIGHTS_FILE: digest(source.exported / WEIGHTS_FILE)}
     words = {"weights": str(place), "origin": _origin(info)} | facts(info)
     words["parameters"] = parameter_counts(state)
-    if found := differences(state, _expected(info)):
-        words["other model"] = f"the tensors are not those that model.* describes; {found}"
+    if found := other_model(state, info):
+        words["other model"] = found
     words |= {f"sha256 {name}": value for name, value in digests.items()}
     return _text(words, state)
 
@@ -45,12 +43,13 @@ def inspect(path: Path) -> str:
 def _published(path: Path) -> str:
     """A published checkpoint, in its own names."""
     content = read_file(path)
-    conversion = convert(content.state, strict=False, label=str(path))
+    conversion = converted(content, strict=False, label=str(path))
     model = conversion.model
     mean, std = statistics_of(content.state, str(path)) or (None, None)
     # A place for statistics is needed to describe the rest; what the file lacks is said in their stead.
     features = Features(n_mels=model.grid.n_mels, mean=mean or 0.0, std=std or 1.0)
     words = {"published": str(path), "epoch": "not told" if content.epoch is None else str(content.epoch)}
+    words |= {} if content.origin is None else {"origin": f"written by msm-dist, {told(content.origin)}"}
     words |= facts(WeightsInfo(model.config, features, model.grid.frames, {"published_file": path.name}))
     if mean is None:
         words["statistics"] = "not in the file"
@@ -64,22 +63,12 @@ def _published(path: Path) -> str:
     return _text(words, content.state)
 
 
-def _expected(info: WeightsInfo) -> dict[str, Tensor]:
-    """The tensors that the configuration describes, without memory."""
-    try:
-        grid = PatchGrid(info.features.n_mels, info.crop_frames, info.model.patch)
-        with torch.device("meta"):
-            parts = nn.ModuleDict({"encoder": Encoder(info.model, grid), "decoder": Decoder(info.model, grid)})
-    except ConfigError:
-        return {}
-    return parts.state_dict()
-
-
 def _origin(info: WeightsInfo) -> str:
-    kept = ("run", "step", "published_file", "epoch", "statistics", "untrained")
+    kept = ("run", "step", "task", "published_file", "epoch", "statistics", "untrained")
     said = [f"{name} {info.origin[name]}" for name in kept if info.origin.get(name)]
     names = [str(source.get("name")) for source in info.origin.get("corpus") or ()]
-    return ", ".join([*said, *(f"corpus {name}" for name in names)]) or "not told"
+    before = [f"made from {told(one)}" for one in list(chain(info.origin))[1:]]
+    return ", ".join([*said, *(f"corpus {name}" for name in names), *before]) or "not told"
 
 
 def _text(words: Mapping[str, str], state: Mapping[str, Tensor]) -> str:

@@ -49,6 +49,12 @@ def published_ancestor(origin: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((one for one in chain(origin) if "published_file" in one and "exported_from" not in one), None)
 
 
+def is_trained(origin: Mapping[str, Any], part: str) -> bool:
+    """Whether a part of the model, such as the decoder, has trained values that fit the others."""
+    untrained = origin.get("untrained")
+    return not (isinstance(untrained, list) and part in untrained)
+
+
 def is_published(origin: Mapping[str, Any]) -> bool:
     """Whether the weights are a published checkpoint's, only converted since, not trained."""
     while "exported_from" in origin and isinstance(origin["exported_from"], Mapping):

@@ -29,6 +29,7 @@ __all__ = [
     "differences",
     "from_published",
     "load",
+    "model_of",
     "read",
     "read_published",
     "save",
@@ -101,11 +102,15 @@ def load(path: str | Path) -> tuple[MaskedSpectrogramModel, WeightsInfo]:
     Strict: every parameter must be there, with its shape, and nothing else. Raises CheckpointError.
     """
     state, info = read(path)
-    source = str(weights_folder(path))
+    return model_of(state, info, str(weights_folder(path))), info
+
+
+def model_of(state: Mapping[str, Tensor], info: WeightsInfo, source: str) -> MaskedSpectrogramModel:
+    """A model, on the CPU, with these weights, from the folder `source`. Raises CheckpointError as `load` does."""
     model = built(info.model, info.features.n_mels, info.crop_frames, source)
     _check_names(state, model.state_dict(), source=f"{source}/{WEIGHTS_FILE}")
-    model.load_state_dict(state)
-    return model, info
+    model.load_state_dict(dict(state))
+    return model
 
 
 def read(path: str | Path, any_positions: bool = False) -> tuple[dict[str, Tensor], WeightsInfo]:

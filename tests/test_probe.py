@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from msm_dist.cli import app
 from msm_dist.config import Features, Model
 from msm_dist.data.index import Official, write_index
 from msm_dist.data.shards import index_shards
-from msm_dist.errors import DataError, MsmError
+from msm_dist.errors import ConfigError, DataError, MsmError
+from msm_dist.evaluate import probe as probe_module
 from msm_dist.evaluate import probe_vectors
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.probe import Settings, probe, probe_task, report
@@ -159,10 +161,51 @@ def test_grid_is_searched_on_the_first_rotation_alone(monkeypatch):
 
 def test_clips_that_do_not_decode_are_left_out_of_every_part():
     rows = made_vectors(LABELS, 4)
+    random = made_vectors(LABELS, 1)
     rows[[0, 130, 200]] = torch.nan
-    outcome = probe_task(made_task(LABELS, SPLITS), {TRAINED: rows, RANDOM: made_vectors(LABELS, 1)}, KNN)
+    random[[0, 130, 200]] = torch.nan
+    outcome = probe_task(made_task(LABELS, SPLITS), {TRAINED: rows, RANDOM: random}, KNN)
     assert (outcome.num_train, outcome.num_valid, outcome.num_test) == (119, 29, 89)
     assert outcome.left_out == ("clip0", "clip130", "clip200")
+    assert outcome.not_finite == ()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_clips_without_a_finite_vector_are_left_out_and_told_from_unreadable_ones(value, monkeypatch):
+    monkeypatch.setattr(probe_module, "ROWS_AT_ONCE", 7)
+    rows = made_vectors(LABELS, 4)
+    rows[3, 5] = rows[233, 255] = value
+    outcome = probe_task(made_task(LABELS, SPLITS), {TRAINED: rows, RANDOM: made_vectors(LABELS, 1)}, KNN)
+    assert (outcome.num_train, outcome.num_test) == (119, 89)
+    assert (outcome.left_out, outcome.not_finite) == ((), ("clip3", "clip233"))
+    assert outcome.scored[TRAINED].mean > 0.8
+    assert "2 without a finite vector left out" in table([outcome], ABOUT | {"settings": vars(KNN)})
+    rows[:5] = value
+    with pytest.raises(DataError, match="6 of 240 vectors of trained are not finite"):
+        probe_task(made_task(LABELS, SPLITS), {TRAINED: rows, RANDOM: made_vectors(LABELS, 1)}, KNN)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_part_without_readable_clips_is_named(split):
+    others = [name for name in ("train", "valid", "test") if name != split]
+    splits = [split] * 2 + [others[number % 2] for number in range(238)]
+    rows = made_vectors(LABELS, 4)
+    rows[:2] = torch.nan
+    with pytest.raises(DataError, match=f"made: all 2 {split} clips .* left out"):
+        probe_task(made_task(LABELS, splits), {TRAINED: rows}, KNN)
+
+
+def test_resamples_are_shared_by_sources_and_differ_between_folds(monkeypatch):
+    seen = []
+    resampled = probe_module.resampled
+    monkeypatch.setattr(probe_module, "resampled", lambda *given: (seen.append(given[-1]), resampled(*given))[1])
+    splits = [str(number % 3) for number in range(240)]
+    folds = tuple(Fold((str((n + 2) % 3),), str((n + 1) % 3), str(n)) for n in range(3))
+    vectors = {TRAINED: made_vectors(LABELS, 4), RANDOM: made_vectors(LABELS, 1, 1)}
+    probe_task(made_task(LABELS, splits, folds), vectors, KNN)
+    trained, random = seen[:3], seen[3:]
+    assert all(map(np.array_equal, trained, random))
+    assert not any(np.array_equal(trained[a], trained[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_classes_without_test_clips_are_named():
@@ -268,6 +311,52 @@ def test_dataset_normalization_measures_the_clips_trained_on(tmp_path, run):
     expected = Encoder(tiny(), INFO).for_dataset(clips, RATE).statistics
     assert outcome.statistics == pytest.approx(tuple(expected))
     assert about["normalization"] == "dataset"
+    assert not about.keys() & {"mean", "std"}
+    about, _ = probe(str(run), [str(folder)], KNN)
+    assert (about["mean"], about["std"]) == (-6.5, 3.5)
+
+
+def test_tasks_before_one_that_fails_are_written_and_printed(tmp_path, run, capsys):
+    one = write_tones(tmp_path / "one", 3, 1, 1)
+    two = write_hear(
+        tmp_path / "two", {split: tone_files(1) for split in ("train", "valid", "test")}, task_name="broken"
+    )
+    for path in (two / "16000" / "valid").iterdir():
+        path.write_bytes(b"no audio")
+    out = tmp_path / "report.json"
+    with pytest.raises(DataError, match="broken: 3 of 9 clips can't be read"):
+        report(str(run), [str(one), str(two)], KNN, out)
+    written = json.loads(out.read_text())
+    assert [task["task"] for task in written["tasks"]] == ["tones"]
+    assert written["to_come"] == ["broken"]
+    assert "| tones " in capsys.readouterr().out
+    report(str(run), [str(one)], KNN, out)
+    assert json.loads(out.read_text())["to_come"] == []
+
+
+def test_what_would_fail_at_the_end_is_named_before_any_work(tmp_path, run, monkeypatch):
+    folder = write_tones(tmp_path / "task", 1, 1, 1)
+    reads = count_reads(monkeypatch)
+    with pytest.raises(ConfigError, match=r"is a folder; name a file"):
+        report(str(run), [str(folder)], KNN, tmp_path)
+    metadata = json.loads((folder / "task_metadata.json").read_text())
+    (folder / "task_metadata.json").write_text(json.dumps(metadata | {"evaluation": ["top1_acc", "mAP"]}))
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="scikit-learn"):
+        probe(str(run), [str(folder)], KNN)
+    assert not reads
+
+
+def test_long_recordings_are_not_read_ahead_in_dozens(tmp_path, monkeypatch):
+    task = read_task(write_tones(tmp_path / "task", 3, 1, 1))
+    size = task.clips[0].path.stat().st_size
+    alone = [1] * len(task.clips)
+    for most, expected in ((2**20, [15]), (4 * size, [4, 4, 4, 3]), (size // 2, alone)):
+        monkeypatch.setattr(probe_vectors, "BATCH_BYTES", most)
+        batches = list(probe_vectors._batches(task.clips, RATE))
+        assert [len(batch) for batch in batches] == expected
+        waveforms = [waveform for batch in batches for waveform in batch]
+        assert all(map(np.array_equal, waveforms, [clip_waveform(clip, RATE) for clip in task.clips]))
 
 
 def test_command_prints_a_row_per_task_and_writes_everything(tmp_path, run):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -105,6 +106,19 @@ def test_every_resample_has_as_many_clips():
     assert (weights.sum(1) == 30).all()
     assert np.array_equal(weights, resample_weights(30, 5, seed=0))
     assert not np.array_equal(weights, resample_weights(30, 5, seed=1))
+
+
+def test_many_resamples_are_drawn_without_holding_every_draw():
+    tracemalloc.start()
+    try:
+        weights = resample_weights(4000, 1, seed=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.2 * weights.nbytes
+    rng = np.random.default_rng([0, 0xB007])
+    expected = [np.bincount(draw, minlength=4000) for draw in rng.integers(0, 4000, (1000, 4000))]
+    assert np.array_equal(weights, expected)
 
 
 def test_large_evaluations_take_fewer_resamples():

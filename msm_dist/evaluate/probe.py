@@ -11,7 +11,7 @@ Legend: N clips, E numbers of a vector, C classes, R resamples.
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,18 @@ from torch import Tensor
 
 from msm_dist.data.audioset import EVALUATION_NAME
 from msm_dist.data.clips import Progress, quiet
-from msm_dist.errors import ConfigError
+from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.encoder import Encoder, Normalization
 from msm_dist.evaluate.probe_report import Compared, Outcome, Scored, as_json, table
-from msm_dist.evaluate.probe_vectors import BASELINES, LOGMEL, TRAINED, clip_vectors, readable_waveforms, sources
+from msm_dist.evaluate.probe_vectors import (
+    BASELINES,
+    LOGMEL,
+    MOST_BAD,
+    TRAINED,
+    clip_vectors,
+    readable_waveforms,
+    sources,
+)
 from msm_dist.evaluate.protocols import LINEAR_RATES, NARROW_RATES, HearPoint, Problem, Protocol, fit
 from msm_dist.evaluate.recipes import check_recipe
 from msm_dist.evaluate.scores import SCORES, check_scores, interval, resample_weights, resampled
@@ -38,6 +46,13 @@ log = logging.getLogger(__name__)
 CACHE_NAME = "probe"
 SATURATED = 0.95
 SHUFFLING = 0x5AFF1E
+ROWS_AT_ONCE = 4096
+
+Judged = Callable[[dict[str, Any], Sequence[Outcome]], None]
+
+
+def nobody(about: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """Tell no one."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +80,13 @@ def probe(
     normalization: Normalization = "checkpoint",
     cache: Path | None = None,
     progress: Progress = quiet,
+    judged: Judged = nobody,
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Probe the encoder of `run` on every task of `data`: what all outcomes share, and an Outcome each.
 
     All tasks are read before anything is computed. `test`, `valid`: shards that go with the one of `data`. `cache`:
-    where vectors are kept; without it beside the run, for weights from a hub nowhere.
+    where vectors are kept; without it beside the run, for weights from a hub nowhere. `judged` is told both after each
+    task.
     """
     encoder = Encoder.load(
         run, device=device, **({} if normalization == "dataset" else {"normalization": normalization})
@@ -78,14 +95,19 @@ def probe(
     for task in tasks:
         check_scores(task.scores, task.name)
     cache = cache or _cache_of(run)
-    outcomes = []
+    about = encoder.describe() | {"run": run, "normalization": normalization, "device": str(encoder.device)}
+    about |= {"settings": asdict(settings), "baselines": list(BASELINES)}
+    if normalization == "dataset":  # each task's own, in its outcome
+        del about["mean"], about["std"]
+    outcomes: list[Outcome] = []
     for task in tasks:
         own = _for_task(encoder, task) if normalization == "dataset" else encoder
         vectors = clip_vectors(task, sources(own), own.features.sample_rate, cache, progress)
         outcome = probe_task(task, vectors, settings, encoder.device, progress)
         outcomes.append(replace(outcome, statistics=own.statistics and tuple(own.statistics)))
-    about = encoder.describe() | {"run": run, "normalization": normalization, "device": str(encoder.device)}
-    return about | {"settings": asdict(settings), "baselines": list(BASELINES)}, outcomes
+        about["to_come"] = [later.name for later in tasks[len(outcomes) :]]
+        judged(about, outcomes)
+    return about, outcomes
 
 
 def probe_task(
@@ -95,15 +117,20 @@ def probe_task(
     device: str | torch.device = "cpu",
     progress: Progress = quiet,
 ) -> Outcome:
-    """Judge vectors by their source's name, float32 [N, E] each; clips with NaN in a row are left out."""
-    usable = torch.stack([~rows[:, 0].isnan() for rows in vectors.values()]).all(0).numpy()
+    """Judge vectors by their source's name, float32 [N, E] each; clips whose vectors are not finite are left out.
+
+    Raises DataError where too many of a source's are not, or a part has no others.
+    """
+    unreadable, not_finite = _left_out(task, vectors)
     targets = task.targets()
     parts = {
-        (fold, seed): _usable(parts_of(task, task.folds[fold], seed, settings.labels_per_class), usable)
+        (fold, seed): _without(
+            task, parts_of(task, task.folds[fold], seed, settings.labels_per_class), unreadable | not_finite
+        )
         for fold in range(len(task.folds))
         for seed in range(settings.seeds)
     }
-    judges = [_Judge(task, targets, parts[fold, 0].test) for fold in range(len(task.folds))]
+    judges = [_Judge(task, targets, parts[fold, 0].test, fold) for fold in range(len(task.folds))]
     scored, draws = {}, {}
     for number, (name, rows) in enumerate(vectors.items()):
         progress(f"{task.name}: fitting", number, len(vectors))
@@ -122,7 +149,8 @@ def probe_task(
         num_valid=len(first.valid),
         num_test=sum(judge.num_clips for judge in judges),
         judged_classes=min(judge.num_classes for judge in judges),
-        left_out=tuple(clip.key for clip, good in zip(task.clips, usable, strict=True) if not good),
+        left_out=tuple(task.clips[place].key for place in np.flatnonzero(unreadable)),
+        not_finite=tuple(task.clips[place].key for place in np.flatnonzero(not_finite)),
         official=_official(task, judges[0].num_clips),
         scored=scored,
         compared={name: _compare(draws, scored, name) for name in vectors if name in BASELINES and TRAINED in vectors},
@@ -133,12 +161,13 @@ def probe_task(
 class _Judge:
     """The test clips of a rotation, with their resamples: the same for every source, so that differences are paired."""
 
-    def __init__(self, task: Task, targets: np.ndarray, places: np.ndarray):
+    def __init__(self, task: Task, targets: np.ndarray, places: np.ndarray, fold: int):
         self.names = task.scores
         self.targets = targets[places]
         self.num_clips = len(places)
         self.num_classes = int((self.targets.sum(0) > 0).sum())
-        self.weights = resample_weights(len(places), len(task.labels), seed=0)
+        # Rotations have other clips: drawn alike, their luck would add up.
+        self.weights = resample_weights(len(places), len(task.labels), seed=fold)
 
     def values(self, scores: np.ndarray) -> dict[str, float]:
         return {name: SCORES[name](scores, self.targets) for name in self.names}
@@ -199,8 +228,35 @@ def _compare(draws: dict[str, np.ndarray], scored: dict[str, Scored], baseline: 
     return Compared(difference, interval(draws[TRAINED] - draws[baseline]))
 
 
-def _usable(parts: Parts, usable: np.ndarray) -> Parts:
-    return Parts(*(places[usable[places]] for places in (parts.train, parts.valid, parts.test)))
+def _left_out(task: Task, vectors: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Which clips could not be read, and which were but have a vector that is not finite: bool [N] each.
+
+    A clip that could not be read has a row of NaN from every source.
+    """
+    unreadable, bad = np.ones(len(task.clips), bool), {}
+    for name, rows in vectors.items():
+        blocks = [(~part.isfinite().all(1), part.isnan().all(1)) for part in rows.split(ROWS_AT_ONCE)]
+        bad[name], empty = (torch.cat(columns).numpy() for columns in zip(*blocks, strict=True))
+        unreadable &= empty
+    for name, rows in bad.items():
+        count = int((rows & ~unreadable).sum())
+        if count > max(1, MOST_BAD * len(task.clips)):
+            raise DataError(
+                f"{task.name}: {count} of {len(task.clips)} vectors of {name} are not finite, more than "
+                f"{MOST_BAD:.0%}; such weights can't be judged (has the run diverged?)"
+            )
+    return unreadable, np.any(list(bad.values()), axis=0) & ~unreadable
+
+
+def _without(task: Task, parts: Parts, left_out: np.ndarray) -> Parts:
+    kept = {name: places[~left_out[places]] for name, places in vars(parts).items()}
+    for name, places in kept.items():
+        if not len(places):
+            raise DataError(
+                f"{task.name}: all {len(getattr(parts, name))} {name} clips of a rotation are left out, as unreadable "
+                "or without a finite vector; mend them, or give more"
+            )
+    return Parts(**kept)
 
 
 def _shuffled(targets: np.ndarray, parts: Parts, seed: int) -> np.ndarray:
@@ -253,16 +309,31 @@ def _for_task(encoder: Encoder, task: Task) -> Encoder:
 def report(
     run: str, data: Sequence[str], settings: Settings, out: Path | None, recipe: str | None = None, **options: Any
 ) -> str:
-    """What the command prints, the table; all of it goes to `out`. `options` and errors are those of `probe`."""
+    """What the command prints, the table; all of it goes to `out`. `options` and errors are those of `probe`.
+
+    `out` is written anew after each task. Where a task fails, the table of those before it is printed.
+    """
     if recipe is not None:
         check_recipe(recipe)
     if out is not None:
+        if out.is_dir():
+            raise ConfigError(f"--out {out}: is a folder; name a file, such as {out / 'report.json'}")
         out.parent.mkdir(parents=True, exist_ok=True)
     if options.get("device") == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     given = [f"{recipe}:{folder}" for folder in data] if recipe else list(data)
-    about, outcomes = probe(run, given, settings, **options)
-    if out is None:
-        return table(outcomes, about)
-    write_atomically(out, json.dumps(as_json(about, outcomes), indent=1, allow_nan=False) + "\n")
-    return f"{table(outcomes, about)}\n\n{out}"
+    so_far = ""
+
+    def keep(about: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+        nonlocal so_far
+        if out is not None:
+            write_atomically(out, json.dumps(as_json(about, outcomes), indent=1, allow_nan=False) + "\n")
+        so_far = table(outcomes, about)
+
+    try:
+        probe(run, given, settings, judged=keep, **options)
+    except BaseException:
+        if so_far:
+            print(so_far, flush=True)
+        raise
+    return so_far if out is None else f"{so_far}\n\n{out}"

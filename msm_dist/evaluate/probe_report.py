@@ -70,6 +70,8 @@ class Outcome:
     """A baseline exceeds 95 %: the task tells little about an encoder."""
     statistics: tuple[float, float] | None = None
     """Mean and deviation that the spectrogram was normalised with; None: those of each batch."""
+    not_finite: tuple[str, ...] = ()
+    """Clips left out that were read, but that a source has no finite vector of."""
 
     @property
     def beats_baselines(self) -> bool:
@@ -142,6 +144,8 @@ def _notes(outcome: Outcome) -> list[str]:
         notes.append(f"mAP of {outcome.judged_classes} of {outcome.num_classes} classes, the others have no test clip")
     if outcome.left_out:
         notes.append(f"{len(outcome.left_out)} unreadable left out")
+    if outcome.not_finite:
+        notes.append(f"{len(outcome.not_finite)} without a finite vector left out")
     if outcome.saturated:
         notes.append("saturated")
     return notes

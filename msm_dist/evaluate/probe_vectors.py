@@ -41,6 +41,8 @@ RANDOM_SEED = 0
 MOST_BAD = 0.02
 """Of a task's clips; one may always be bad."""
 BATCH, READERS = 16, 2
+BATCH_BYTES = 32 * 2**20
+"""Of files that are decoded together, beyond the first: long recordings go one by one."""
 SECONDS_AT_ONCE = 160
 IDENTITY = ("encoder_sha256", "model", "crop_frames", "features", "normalization", "mean", "std")
 """What of Encoder.describe its vectors depend on."""
@@ -166,13 +168,28 @@ def _batches(clips: Sequence[TaskClip], sample_rate: int) -> Iterator[list[np.nd
 
     with ThreadPoolExecutor(READERS) as pool:
         ahead: list[Future] = []
-        for first in range(0, len(clips), BATCH):
-            reading = [pool.submit(read, clip) for clip in clips[first : first + BATCH]]
+        for some in _groups(clips):
+            reading = [pool.submit(read, clip) for clip in some]
             if ahead:
                 yield [future.result() for future in ahead]
             ahead = reading
         if ahead:
             yield [future.result() for future in ahead]
+
+
+def _groups(clips: Sequence[TaskClip]) -> Iterator[list[TaskClip]]:
+    """Clips in their order, BATCH at a time or fewer of BATCH_BYTES."""
+    group: list[TaskClip] = []
+    held = 0
+    for clip in clips:
+        size = clip.member[1] if clip.member else clip.path.stat().st_size
+        if group and (len(group) == BATCH or held + size > BATCH_BYTES):
+            yield group
+            group, held = [], 0
+        group.append(clip)
+        held += size
+    if group:
+        yield group
 
 
 def _empty(maker: Source, count: int, cache: Path | None) -> np.ndarray:

@@ -72,14 +72,20 @@ SCORES: dict[str, Score] = {
     "d_prime": d_prime,
 }
 """By the names of the HEAR kit."""
+SKLEARN_SCORES = {"mAP", "aucroc", "d_prime"}
 
 
 def check_scores(names: Sequence[str], source: str) -> None:
-    """Raise DataError for a score that is not in SCORES, or can't be resampled and yet decides."""
+    """Raise DataError for a score that is not in SCORES, or can't be resampled and yet decides.
+
+    Raises ConfigError where one needs scikit-learn and that is missing.
+    """
     if unknown := [name for name in names if name not in SCORES]:
         raise DataError(f"{source}: has the score {unknown[0]}, must be one of {', '.join(SCORES)}")
     if names[0] not in WEIGHTED:
         raise DataError(f"{source}: {names[0]} can't decide; put one of {', '.join(WEIGHTED)} first")
+    if SKLEARN_SCORES.intersection(names):
+        _sklearn()
 
 
 def classes_with_positives(targets: np.ndarray) -> np.ndarray:
@@ -94,8 +100,10 @@ def resample_weights(num_clips: int, num_classes: int, seed: int) -> np.ndarray:
     """How often each clip is drawn, in R draws of N clips with replacement: float32 [R, N]."""
     count = min(RESAMPLES, max(FEWEST_RESAMPLES, MOST_VALUES // (num_clips * num_classes)))
     rng = np.random.default_rng([seed, 0xB007])
-    draws = rng.integers(0, num_clips, (count, num_clips))
-    return np.stack([np.bincount(draw, minlength=num_clips) for draw in draws]).astype(np.float32)
+    weights = np.empty((count, num_clips), np.float32)
+    for row in weights:
+        row[:] = np.bincount(rng.integers(0, num_clips, num_clips), minlength=num_clips)
+    return weights
 
 
 def resampled(name: str, scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -35,12 +35,14 @@ from msm_dist.engine.zero import build_engine, describe_engine, dry_run, fitting
 from msm_dist.environment import environment
 from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
 from msm_dist.evaluate.online import OnlineProbe
+from msm_dist.evaluate.weights_card import write_card
 from msm_dist.extension import BuildModel, configured_model
 from msm_dist.features import LogMel, normalize
 from msm_dist.feed import feeding, tracing
 from msm_dist.files import write_atomically
 from msm_dist.initial import load_initial
 from msm_dist.model.mae import Output
+from msm_dist.model.origin import INITIAL_FILE, of_run
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
 from msm_dist.profiling import part, profiling
@@ -304,12 +306,12 @@ def finish(run: Training) -> None:
     cfg, folder = run.cfg, run.cfg.run.folder
     # Every rank takes part; one keeps them.
     weights = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
-    origin = {"run": cfg.run.name, "step": run.step, "index_digest": run.corpus.index.digest}
-    origin["corpus"] = corpus_identity(run.corpus)
+    origin = of_run(folder, cfg.run.name, run.step, run.corpus.index.digest, corpus_identity(run.corpus))
     # How they were trained is no property of the weights.
     model = cfg.model.model_copy(update={"backend": "auto", "activation_checkpointing": False})
     info = WeightsInfo(model, run.corpus.features, cfg.data.crop_frames, origin)
     exported = run.world.on_main(lambda: save_weights(folder / "export", weights, info))
+    run.world.on_main(lambda: write_card(exported, weights, info, folder))
     if run.world.is_main:
         print(summary(cfg, run.step, exported), flush=True)
 
@@ -372,7 +374,7 @@ def build(
     world.on_main(lambda: extension.record_builder(folder, build_model))
     world.on_main(lambda: record_start(folder, cfg, identity))
     if report:
-        world.on_main(lambda: write_atomically(folder / "init_from.json", report.json()))
+        world.on_main(lambda: write_atomically(folder / INITIAL_FILE, report.json()))
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     if world.is_main:
         num_parameters = sum(value.numel() for value in initial.values())  # ZeRO 3 has emptied the model's own

@@ -338,6 +338,11 @@ def test_run_starts_from_anothers_weights_on_all_ranks_and_needs_them_no_more_on
     assert report["source"] == "first/export"
     assert report["resized"].keys() == {"encoder.positions"}
     assert {name.partition(".")[0] for name in report["missing"]} == {"decoder"}
+    origin = json.loads((tmp_path / "second" / "export" / "config.json").read_text())["origin"]
+    assert origin["init_from"] == {"sha256": report["sha256"], "origin": report["origin"]}
+    card = (tmp_path / "second" / "export" / "README.md").read_text()
+    assert "1. run second, step 3\n2. run first, step 3\n" in card
+    assert "training loss at step 3" in card
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert runs.losses("second")[0] == first_loss(runs, "second", OTHER)

@@ -95,9 +95,9 @@ study: ready data/quickstart/train/index.json data/quickstart/valid/index.json d
 test: ready ## run all the tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 
-# make test takes a few cells of this matrix. The table of docs/engine.md: python -m tests.engine_matrix
+# make test takes a few cells of this matrix, and of fine-tuning's. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py tests/test_finetune.py $(PYTEST_ARGS)
 
 # Part of `make test` where root and Slurm's packages are there; this one installs them, on Debian and Ubuntu.
 test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, requeues, power cuts; needs root

@@ -1,8 +1,9 @@
-"""`python -m msm_dist.evaluate.finetune` with a process that dies by SIGKILL at a chosen point.
+"""`python -m msm_dist.evaluate.finetune` with a process that dies by SIGKILL, or waits for a signal, at a chosen point.
 
 KILL=step:S      the process dies after the update of step S, before anything of it is recorded
-KILL=export      ... when all is trained and judged, before the classifier is written
-KILL=slow:S      nobody dies; a step takes S seconds longer
+KILL=pause:S     nobody dies; after the update of step S the process waits until it has heard a signal
+KILL=valid       ... in the first validation, before its second batch
+KILL=test        ... while the test clips are judged, before the second batch
 """
 
 import os
@@ -10,31 +11,38 @@ import signal
 import sys
 import time
 
-from msm_dist.evaluate import classifier, finetune
+from msm_dist.evaluate import finetune
 
 what, _, number = os.environ.get("KILL", "").partition(":")
 
 
-def die(*arguments):
-    os.kill(os.getpid(), signal.SIGKILL)
+def wait_for_a_signal(interruption):
+    print("waits", flush=True)
+    while not interruption.heard:
+        time.sleep(0.02)
 
 
 def on_step(run, *rest):
     if run.step == int(number):
-        die()
+        if what == "step":
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for_a_signal(run.interruption)
     return stop_if_skipped(run, *rest)
 
 
-def slowly(*arguments):
-    time.sleep(float(number))
-    return stop_if_skipped(*arguments)
+def on_judging(run, loader, *rest):
+    def batches():
+        yield next(loader)
+        if (loader is run.valid) == (what == "valid"):
+            wait_for_a_signal(run.interruption)
+        yield from loader
+
+    return judge(run, batches(), *rest)
 
 
-stop_if_skipped = finetune.stop_if_skipped
-if what == "step":
+stop_if_skipped, judge = finetune.stop_if_skipped, finetune.judge
+if what in ("step", "pause"):
     finetune.stop_if_skipped = on_step
-if what == "slow":
-    finetune.stop_if_skipped = slowly
-if what == "export":
-    classifier.save = die
+if what in ("valid", "test"):
+    finetune.judge = on_judging
 sys.exit(finetune.main(sys.argv[1:]))

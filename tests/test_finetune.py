@@ -15,7 +15,7 @@ from msm_dist.evaluate.classifier import Tagger
 from msm_dist.evaluate.encoder import Encoder
 from tests.labelled import INFO, KINDS, RATE, new_model, write_sounds, write_weights
 from tests.processes import HERE, free_port, rank_environment
-from tests.test_pretrain import finish, wait_for
+from tests.test_pretrain import finish
 
 pytestmark = pytest.mark.distributed
 
@@ -40,6 +40,25 @@ SETTINGS = [
     "augment.frequency_drop=0.2",
     "augment.time_drop=0.25",
 ]
+
+
+ENDS = {
+    "pause:5": (signal.SIGUSR1, 75),
+    "valid": (signal.SIGUSR1, 75),
+    "test": (signal.SIGTERM, 128 + signal.SIGTERM),
+    "step:24": (None, -signal.SIGKILL),
+}
+"""How a run is ended where it waits (tests/finetune_worker.py), and its exit code; without a signal it ends itself."""
+
+
+def pytest_generate_tests(metafunc):
+    """The plain run takes some of these, `make test-engine` all of them."""
+    is_whole = metafunc.config.option.markexpr == "engine"
+    if "kills" in metafunc.fixturenames:
+        kills = [("pause:5", "step:24", "test"), *([("valid", "step:24")] if is_whole else [])]
+        metafunc.parametrize("kills", kills, ids="-".join)
+    if "stage" in metafunc.fixturenames:
+        metafunc.parametrize(("ranks", "stage"), [(2, 3), *([(2, 2), (1, 0)] if is_whole else [])])
 
 
 class Runs:
@@ -135,29 +154,29 @@ def test_encoder_reads_the_fine_tuned_weights(runs):
     assert not torch.allclose(tuned.embed(waveform, RATE), before, atol=1e-2)
 
 
-def test_run_that_is_stopped_and_killed_equals_one_never_disturbed(runs):
-    processes = runs.start("disturbed", KILL="slow:0.1")
-    metrics = runs.folder / "disturbed" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, processes)
-    processes[0].send_signal(signal.SIGUSR1)
-    codes, output = finish(processes)
-    assert codes == [75], output
-    assert "stopped and saved at step" in output
-    for kill in ("step:24", "export"):
-        codes, output = runs.run("disturbed", KILL=kill)
-        assert codes == [-signal.SIGKILL], output
-    codes, output = runs.run("disturbed")
+@pytest.mark.engine
+def test_run_that_is_stopped_and_killed_equals_one_never_disturbed(runs, kills):
+    name = "-".join(["disturbed", *(kill.partition(":")[0] for kill in kills)])
+    for kill in kills:
+        number, code = ENDS[kill]
+        processes = runs.start(name, KILL=kill)
+        while number and (line := processes[0].stdout.readline()) != "waits\n":
+            assert line, finish(processes)
+        if number:
+            processes[0].send_signal(number)
+        codes, output = finish(processes)
+        assert codes == [code], output
+        assert ("the same command continues" in output) == bool(number)
+        assert not (runs.folder / name / "results.json").exists()
+    codes, output = runs.run(name)
     assert codes == [0], output
     assert "continued from" in output
-    assert runs.losses("disturbed") == runs.losses("undisturbed")
-    assert runs.exported("disturbed") == runs.exported("undisturbed")
-    assert runs.results("disturbed") == runs.results("undisturbed")
+    assert runs.losses(name) == runs.losses("undisturbed")
+    assert runs.exported(name) == runs.exported("undisturbed")
+    assert runs.results(name) == runs.results("undisturbed")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage"),
-    [(2, 3), pytest.param(2, 2, marks=pytest.mark.engine), pytest.param(1, 0, marks=pytest.mark.engine)],
-)
+@pytest.mark.engine
 def test_ranks_and_zero_stages_learn_the_same_from_the_same_clips(runs, ranks, stage):
     name = f"world-{ranks}-{stage}"
     codes, output = runs.run(name, f"engine.zero_stage={stage}", "checkpoint.every=100", ranks=ranks)

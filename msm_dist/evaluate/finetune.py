@@ -49,11 +49,20 @@ from msm_dist.evaluate.finetune_data import (
     open_task,
     spread,
 )
+from msm_dist.evaluate.finetune_judging import (
+    Scores,
+    Stopping,
+    allowed_scores,
+    check_clips,
+    finite,
+    giving_up,
+    next_batch,
+    scores_of,
+)
 from msm_dist.evaluate.finetune_report import RESULTS, announcement, results_of, summary
 from msm_dist.evaluate.finetune_start import Start, length_of, made_up, new_classifier, read_start
-from msm_dist.evaluate.scores import SCORES
 from msm_dist.features import LogMel
-from msm_dist.feed import Feed, GivenUp
+from msm_dist.feed import Feed
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.profiling import part
@@ -79,6 +88,7 @@ class Finetuning:
     valid: Loader | None
     """The validation clips, over and over; None where the task has none."""
     num_valid: int
+    scores: Scores
     monitor: monitor.Monitor
     saver: Saver
     interruption: preempt.Interruption
@@ -97,18 +107,24 @@ def finetune(cfg: FinetuneConfig) -> int:
         stack.callback(leave_world)
         stack.enter_context(preempt.listening(interruption))
         stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, SIGTERM)))
-        layout = batch_layout(cfg.train, world.size)
-        start = world.together(lambda: read_start(cfg), CheckpointError)
-        labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate))
-        world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
-        run = build(cfg, world, layout, start, labelled, interruption)
-        stack.callback(run.monitor.close)
-        stack.callback(run.saver.close)
-        if run.valid is not None:
-            stack.callback(run.valid.close)
-        if run.step < run.total_steps and (reason := train(run)):
-            return interruption.exit_code(reason)
-        finish(run)
+        try:
+            layout = batch_layout(cfg.train, world.size)
+            start = world.together(lambda: read_start(cfg), CheckpointError)
+            labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate))
+            world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
+            run = build(cfg, world, layout, start, labelled, interruption)
+            stack.callback(run.monitor.close)
+            stack.callback(run.saver.close)
+            if run.valid is not None:
+                stack.callback(run.valid.close)
+            validate_if_cut_short(run)
+            if run.step < run.total_steps and (reason := train(run)):
+                return interruption.exit_code(reason)
+            finish(run)
+        except Stopping as stopping:
+            if world.is_main:
+                print("stopped between steps; what was done is saved, and the same command continues", flush=True)
+            return interruption.exit_code(stopping.reason)
     return 0
 
 
@@ -165,12 +181,8 @@ def feeding(run: Finetuning) -> Iterator[Feed]:
     rarity = clip_weights([clip.labels for clip in clips], len(labelled.task.labels)) if cfg.data.weighted else None
     order = Order(len(clips), cfg.seed, rarity)
 
-    def give_up_when_stopping() -> None:
-        if run.interruption.heard_anywhere():
-            raise GivenUp
-
     batches = TrainingClips(clips, order, run.cut, cfg.augment, run.layout, run.world.rank, run.step)
-    with contextlib.closing(start_loader(batches, cfg.data.num_workers, give_up_when_stopping)) as loader:
+    with contextlib.closing(start_loader(batches, cfg.data.num_workers, giving_up(run.interruption))) as loader:
         feed = Feed(loader, run.layout.accumulation, run.total_steps - run.step, run.interruption)
         # Without data for its first step a rank can't wait for an agreement that comes a step late, see feed.feeding.
         run.world.together(feed.raise_fault, DataError)
@@ -231,37 +243,43 @@ def flops_per_clip(run: Finetuning) -> float:
 
 
 def validate(run: Finetuning) -> None:
-    """Loss and scores on the validation clips, where there are any. A collective."""
+    """Loss and scores on the validation clips, where there are any; saved before it is left. A collective."""
     if run.valid is None:
         return
-    values = judge(run, run.valid, run.num_valid)
-    run.monitor.valid(run.step, {f"valid_{name}": value for name, value in values.items()})
+    try:
+        values = judge(run, run.valid, run.num_valid, run.scores.valid)
+    except (DataError, Stopping):
+        save(run, complete=True)
+        raise
+    run.monitor.valid(run.step, {f"valid_{name}": value for name, value in finite(values).items()})
 
 
-def judge(run: Finetuning, loader: Loader, num_clips: int) -> dict[str, float]:
-    """Loss and the task's scores on clips that are all given once, without augmentation. A collective."""
+def validate_if_cut_short(run: Finetuning) -> None:
+    """Validate at the checkpoint's step where that was due and is not recorded. A collective."""
+    is_due = run.step == run.total_steps or (run.step and run.step % run.cfg.train.valid_every == 0)
+    if run.valid is None or not is_due:
+        return
+    lines = run.world.on_main(lambda: monitor.read_metrics(run.cfg.run.folder / "metrics.jsonl"))
+    if not any(line["step"] == run.step and "valid_loss" in line for line in lines):
+        validate(run)
+
+
+def judge(run: Finetuning, loader: Loader, num_clips: int, scores: Sequence[str]) -> dict[str, float]:
+    """Loss and scores on clips that are all given once, without augmentation. A collective. Raises Stopping."""
     size = run.cfg.train.micro_batch
     found: list[tuple[np.ndarray, ...]] = []
     run.engine.eval()
     with torch.no_grad():
         for _ in range(num_batches(num_clips, size, run.world.size)):
-            batch = run.world.together(lambda: next(loader), DataError)
+            batch = next_batch(loader, run.world, run.interruption)
             logits = forward(run, batch).logits.float().cpu()
             found.append((batch.places.numpy(), logits.numpy(), batch.targets.numpy()))
     run.engine.train()
     of_rank = tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
     places, logits, targets = (np.concatenate(parts) for parts in zip(*run.world.gather(of_rank), strict=True))
     order = np.argsort(places)[:num_clips]
-    return run.world.on_main(lambda: scores_of(logits[order], targets[order], run.labelled))
-
-
-def scores_of(logits: np.ndarray, targets: np.ndarray, labelled: LabelledTask) -> dict[str, float]:
-    """Loss and scores by name of logits [N, C] against targets [N, C]."""
-    multilabel = labelled.task.multilabel
-    tensors = torch.from_numpy(logits).double(), torch.from_numpy(targets).double()
-    loss = classifier.loss_of(*tensors, multilabel).item()
-    scores = classifier.probabilities(tensors[0], multilabel).numpy()
-    return {"loss": loss} | {name: SCORES[name](scores, targets) for name in labelled.task.scores}
+    multilabel = run.labelled.task.multilabel
+    return run.world.on_main(lambda: scores_of(logits[order], targets[order], multilabel, scores))
 
 
 def save(run: Finetuning, complete: bool = False) -> None:
@@ -278,8 +296,8 @@ def finish(run: Finetuning) -> None:
     cfg, folder, labelled = run.cfg, run.cfg.run.folder, run.labelled
     clips = labelled.clips(labelled.parts.test)
     judged = JudgedClips(clips, run.cut, cfg.train.micro_batch, run.world.rank, run.world.size)
-    with contextlib.closing(start_loader(judged, cfg.data.num_workers)) as loader:
-        values = judge(run, loader, len(clips))
+    with contextlib.closing(start_loader(judged, cfg.data.num_workers, giving_up(run.interruption))) as loader:
+        values = judge(run, loader, len(clips), run.scores.test)
     results = results_of(cfg, labelled, run.start, run.step, values)
     # Every rank takes part; one keeps them.
     trained = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
@@ -306,44 +324,29 @@ def build(
     labelled: LabelledTask,
     interruption: preempt.Interruption,
 ) -> Finetuning:
-    """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
-    folder, features, task = cfg.run.folder, start.info.features, labelled.task
-    # A score that can't be computed is found here, not after the training.
-    world.on_main(lambda: scores_of(*[np.eye(len(task.labels) + 1, len(task.labels), dtype=np.float32)] * 2, labelled))
-    head = Head(
-        task.labels,
-        task.multilabel,
-        cfg.model.pooling,
-        cfg.model.positions,
-        labelled.num_samples,
-        start.info.crop_frames,
-    )
-    total_steps, warmup_steps = length_of(cfg, len(labelled.parts.train))
+    """Engine, validation and monitor, at the newest checkpoint or at step 0, where all is checked. A collective."""
+    folder, task, parts = cfg.run.folder, labelled.task, labelled.parts
+    total_steps, warmup_steps = length_of(cfg, len(parts.train))
     identity = {
         "weights_digest": start.identity,
         "task_digest": labelled.digest,
         "num_samples": labelled.num_samples,
-        "clips_per_epoch": len(labelled.parts.train),
+        "clips_per_epoch": len(parts.train),
     }
     world.on_main(lambda: compare_config(folder, cfg, MAY_CHANGE))
     world.on_main(lambda: compare_plan(folder, identity))
     saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", total_steps, layout))
-    model = new_classifier(cfg, start, head)
-    initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
-    grid = model.grid
-    cut = Cut(labelled.sample_rate, labelled.num_samples, len(task.labels), (grid.n_mels, grid.frames), grid.shape)
-    groups = layer_groups(model, start.info.model.geometry.depth, cfg.optim.weight_decay, cfg.optim.layer_decay)
-    with fitting_memory(world.device, cfg.train.micro_batch):
-        engine = build_engine(model, cfg, layout, world.device, groups)
-        rehearse(engine, lambda: engine(*made_up(cfg, cut, world.device)).loss)
+    valid_clips, test_clips = labelled.clips(spread(parts.valid, cfg.train.valid_clips)), labelled.clips(parts.test)
+    scores = world.on_main(lambda: allowed_scores(labelled, valid_clips, test_clips))
+    if saved is None:
+        check_clips(labelled, [*valid_clips, *test_clips], cfg.data.num_workers, world, interruption)
+    frames = start.info.crop_frames
+    head = Head(task.labels, task.multilabel, cfg.model.pooling, cfg.model.positions, labelled.num_samples, frames)
+    engine, cut = start_engine(cfg, world, layout, start, head)
     if saved:
         checkpoint.load(engine, saved, world)
-    else:
-        state.reset(engine, initial)
     step = saved.step if saved else 0
-    valid_clips = labelled.clips(spread(labelled.parts.valid, cfg.train.valid_clips))
-    judged = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
-    valid = start_loader(judged, cfg.data.num_workers) if valid_clips else None
+    valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
     metrics = world.together(lambda: monitor.Monitor(folder, step, total_steps, world.is_main), CheckpointError)
@@ -351,7 +354,8 @@ def build(
     world.on_main(lambda: record_start(folder, cfg, identity))
     world.on_main(lambda: write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1)))
     if world.is_main:
-        print(announcement(cfg, world, labelled, start, describe_engine(engine), saved, total_steps), flush=True)
+        told = announcement(cfg, world, labelled, start, describe_engine(engine), saved, total_steps)
+        print("\n".join([told, *scores.notes]), flush=True)
     return Finetuning(
         cfg,
         world,
@@ -363,15 +367,32 @@ def build(
         total_steps,
         warmup_steps,
         engine,
-        LogMel(features).to(world.device),
-        valid,
+        LogMel(start.info.features).to(world.device),
+        start_loader(valid, cfg.data.num_workers, giving_up(interruption)) if valid_clips else None,
         len(valid_clips),
+        scores,
         metrics,
         saver,
         interruption,
         rate,
         step,
     )
+
+
+def start_engine(
+    cfg: FinetuneConfig, world: World, layout: BatchLayout, start: Start, head: Head
+) -> tuple[deepspeed.DeepSpeedEngine, Cut]:
+    """The engine at step 0, after a step of noise that shows what fits, and how clips are cut for it. A collective."""
+    model = new_classifier(cfg, start, head)
+    initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
+    grid, features = model.grid, start.info.features
+    cut = Cut(features.sample_rate, head.num_samples, len(head.labels), (grid.n_mels, grid.frames), grid.shape)
+    groups = layer_groups(model, start.info.model.geometry.depth, cfg.optim.weight_decay, cfg.optim.layer_decay)
+    with fitting_memory(world.device, cfg.train.micro_batch):
+        engine = build_engine(model, cfg, layout, world.device, groups)
+        rehearse(engine, lambda: engine(*made_up(cfg, cut, world.device)).loss)
+    state.reset(engine, initial)
+    return engine, cut
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,12 +76,23 @@ class LabelledBatch:
         values = [getattr(self, part.name) for part in fields(self)]
         return LabelledBatch(*(value.pin_memory() if torch.is_tensor(value) else value for value in values))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each tensor that leaves a worker takes a file and a connection, which is worth it for the waveforms only.
+        parts = [getattr(self, part.name) for part in fields(self)]
+        return _batch, (parts[0], *(part.numpy() if torch.is_tensor(part) else part for part in parts[1:]))
+
     def to(self, device: torch.device) -> "LabelledBatch":
         """The same with its tensors on a device."""
         values = [getattr(self, part.name) for part in fields(self)]
         return LabelledBatch(
             *(value.to(device, non_blocking=True) if torch.is_tensor(value) else value for value in values)
         )
+
+
+def _batch(waveforms: Tensor, *small: Any) -> LabelledBatch:
+    return LabelledBatch(
+        waveforms, *(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in small)
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ class TrainingClips(IterableDataset):
         self._layout, self._rank, self._start_step = layout, rank, start_step
 
     def __iter__(self) -> Iterator[LabelledBatch | MsmError]:
-        worker, num_workers = _worker()
+        worker, num_workers = this_worker()
         for number in itertools.count(self._start_step * self._layout.accumulation + worker, num_workers):
             try:
                 yield self._batch(positions_of(number, self._rank, self._layout))
@@ -189,7 +201,7 @@ class JudgedClips(IterableDataset):
         self._clips, self._cut, self._size, self._rank, self._world_size = clips, cut, size, rank, world_size
 
     def __iter__(self) -> Iterator[LabelledBatch | MsmError]:
-        worker, num_workers = _worker()
+        worker, num_workers = this_worker()
         count = num_batches(len(self._clips), self._size, self._world_size)
         for number in itertools.count(worker, num_workers):
             first = (number % count * self._world_size + self._rank) * self._size
@@ -237,6 +249,12 @@ def target_of(clip: TaskClip, num_classes: int) -> np.ndarray:
     return target
 
 
+def this_worker() -> tuple[int, int]:
+    """Number of this loader process, and of how many."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
 def _fold(task: Task, name: str | None) -> Fold:
     names = [fold.test for fold in task.folds]
     if name is None and len(names) > 1:
@@ -278,8 +296,3 @@ def _check_labels(task: Task, parts: Parts) -> None:
         raise DataError(
             f"{task.name}: none of its {len(parts.train)} training clips has a label; there is nothing to learn"
         )
-
-
-def _worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)

@@ -1,5 +1,6 @@
 """What a fine-tuning run says of itself: at its start what it is, at its end its scores and where things are."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def results_of(
         "classes": len(task.labels),
         "classes_judged": len({label for clip in clips for label in clip.labels}),
         "weights": {"origin": start.info.origin, "sha256": start.digest},
-        **{f"test_{name}": value for name, value in values.items()},
+        **{f"test_{name}": value if math.isfinite(value) else None for name, value in values.items()},
     }
     if task.official is not None:
         tables = ", ".join(task.official.tables)
@@ -80,9 +81,9 @@ def summary(cfg: FinetuneConfig, results: dict[str, Any], exported: Path) -> str
     """The scores on the test clips, and where things are."""
     folder = cfg.run.folder
     scores = [
-        f"{name.removeprefix('test_')} {value:.4f}"
+        f"{name.removeprefix('test_')} {'not finite' if value is None else format(value, '.4f')}"
         for name, value in results.items()
-        if name.startswith("test_") and isinstance(value, float)
+        if name.startswith("test_") and name != "test_clips"
     ]
     places = {
         "test": f"{'  '.join(scores)}  ({results.get('official') or results['test_clips']} clips)",

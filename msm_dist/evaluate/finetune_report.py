@@ -86,7 +86,7 @@ def summary(cfg: FinetuneConfig, results: dict[str, Any], exported: Path) -> str
         if name.startswith("test_") and name != "test_clips"
     ]
     places = {
-        "test": f"{'  '.join(scores)}  ({results.get('official') or results['test_clips']} clips)",
+        "test": f"{'  '.join(scores)}  ({results.get('official') or str(results['test_clips']) + ' clips'})",
         "results": folder / RESULTS,
         "classifier": exported,
         "checkpoint": folder / "checkpoints" / checkpoint_name(results["step"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_shards_give_the_labels_in_their_json(tmp_path):
 
 
 def test_clips_without_labels_are_counted(tmp_path, caplog):
-    train, test = (write_shard(tmp_path / name, [["dog"], None]) for name in ("train", "test"))
+    train, test = (write_shard(tmp_path / name, [[name], None]) for name in ("train", "test"))
     read_shards(train, test)
     assert "1 of 2 clips have no labels" in caplog.text
 
@@ -238,6 +239,16 @@ def test_shards_without_labels_are_named(tmp_path):
     train, test = write_shard(tmp_path / "train", [["dog"]]), write_shard(tmp_path / "test", [None, []])
     with pytest.raises(DataError, match="test: none of its 2 clips has labels"):
         read_shards(train, test)
+
+
+def test_shards_that_are_in_two_parts_are_refused(tmp_path):
+    train, test = (write_shard(tmp_path / name, [["dog"], ["cat"]] + [["cat"]] * n) for n, name in enumerate("ab"))
+    read_shards(train, test)
+    (tmp_path / "link").symlink_to(train)
+    copied = shutil.copytree(train, tmp_path / "copied")
+    for parts in ((train, train), (train, tmp_path / "link"), (train, copied), (train, test, test)):
+        with pytest.raises(DataError, match="is among the shards of"):
+            read_shards(*parts)
 
 
 def test_shards_alone_ask_for_shards_to_be_judged_on(tmp_path):
@@ -256,19 +267,29 @@ def test_clip_that_does_not_decode_is_named(tmp_path):
 
 def test_so_many_labels_of_each_class_are_drawn_by_the_seed():
     task = task_of([(0,)] * 60 + [(1,)] * 30 + [(2,)] * 4)
+    """And beside them a tenth to choose by."""
     draws = [parts_of(task, task.folds[0], seed, labels_per_class=10) for seed in (0, 0, 1)]
     assert np.array_equal(draws[0].train, draws[1].train)
     assert not np.array_equal(draws[0].train, draws[2].train)
     for parts in draws:
-        chosen = np.concatenate([parts.train, parts.valid])
-        labels = [task.clips[place].labels[0] for place in chosen]
-        assert [labels.count(number) for number in range(3)] == [10, 10, 4]
+        for part, expected in ((parts.train, [10, 10, 3]), (parts.valid, [2, 2, 1])):
+            labels = [task.clips[place].labels[0] for place in part]
+            assert [labels.count(number) for number in range(3)] == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 10, 11, 18, 19, 50])
+def test_no_label_to_train_on_is_taken_to_choose_by(count):
+    task = task_of([(0,)] * 80 + [(1,)] * 80)
+    parts = parts_of(task, task.folds[0], 0, labels_per_class=count)
+    labels = [task.clips[place].labels[0] for place in parts.train]
+    assert (labels.count(0), labels.count(1)) == (count, count)
+    assert len(parts.valid) == 2 * -(-count // 9)
 
 
 def test_so_many_labels_of_each_class_counts_every_label_of_a_clip():
     task = task_of([(0, 1)] * 20 + [(1,)] * 20 + [(0,)] * 20, multilabel=True)
     parts = parts_of(task, task.folds[0], 0, labels_per_class=5)
-    targets = task.targets()[np.concatenate([parts.train, parts.valid])]
+    targets = task.targets()[parts.train]
     assert (targets.sum(0) >= 5).all()
     assert len(targets) <= 10
 
@@ -292,5 +313,5 @@ def test_given_validation_clips_are_all_used(tmp_path):
 
 def test_too_few_clips_are_named():
     task = task_of([(0,), (1,)])
-    with pytest.raises(DataError, match="no validation clips"):
+    with pytest.raises(DataError, match=r"no validation clips .*; give validation clips, or several"):
         parts_of(task, task.folds[0], 0)

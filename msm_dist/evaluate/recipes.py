@@ -1,15 +1,15 @@
 """The official folds of well-known collections, read from the folders as they are published.
 
 In: a folder. Out: rows of file, labels and split or fold, in the collection's own order; nothing is reshuffled, and no
-audio is read. Fails with DataError that names the table or file that is missing. A new collection is one function in
-RECIPES.
+audio is read. Fails with DataError that names the table or file that is missing. A new collection is one function and
+its entry in RECIPES.
 """
 
 import csv
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msm_dist.errors import ConfigError, DataError
 
@@ -35,7 +35,7 @@ def recipe_rows(name: str, folder: str | Path) -> list[Row]:
     check_recipe(name)
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; the recipe {name} needs the collection as it is published")
-    return RECIPES[name](Path(folder))
+    return RECIPES[name].rows(Path(folder))
 
 
 def check_recipe(name: str) -> None:
@@ -103,7 +103,19 @@ def gtzan(folder: Path) -> list[Row]:
     return rows
 
 
-RECIPES: dict[str, Callable[[Path], list[Row]]] = {"esc50": esc50, "us8k": us8k, "spcv2": spcv2, "gtzan": gtzan}
+class Recipe(NamedTuple):
+    """How a collection is read, and what Row.split is in it."""
+
+    rows: Callable[[Path], list[Row]]
+    kind: Literal["split", "fold"]
+
+
+RECIPES = {
+    "esc50": Recipe(esc50, "fold"),
+    "us8k": Recipe(us8k, "fold"),
+    "spcv2": Recipe(spcv2, "split"),
+    "gtzan": Recipe(gtzan, "split"),
+}
 
 
 def _holds_genres(folder: Path) -> bool:

@@ -6,8 +6,9 @@ DataError, which names the file, the value and the rule.
 """
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,8 @@ def read_task(path: str | Path, audio: Path | None = None, sample_rate: int = 16
     recipe, colon, folder = str(path).partition(":")
     path = Path(path)
     if colon and recipe in RECIPES:
-        kind = "split" if recipe in ("spcv2", "gtzan") else "fold"
-        return _from_rows(recipe, recipe_rows(recipe, folder), kind, Path(folder), multilabel=False)
+        rows = recipe_rows(recipe, folder)
+        return _from_rows(recipe, rows, RECIPES[recipe].kind, Path(folder), multilabel=False)
     if (path / METADATA_NAME).is_file():
         return _from_hear(path, sample_rate)
     if path.is_file() and path.suffix == ".csv":
@@ -115,6 +116,7 @@ def read_shards(train: str | Path, test: str | Path, valid: str | Path | None = 
     """
     given = {"train": train, "valid": valid, "test": test}
     indexes = {split: _labelled_index(shards) for split, shards in given.items() if shards is not None}
+    _check_apart(indexes)
     found = {split: list(_labelled_clips(index)) for split, index in indexes.items()}
     for split, index in indexes.items():
         if not found[split]:
@@ -156,20 +158,23 @@ def parts_of(task: Task, fold: Fold, seed: int, labels_per_class: int | None = N
 
     `labels_per_class`: the training clips are cut to so many of each class (multilabel: clips are taken until each
     class has so many or has no more). Without validation clips a tenth of the training clips, spread over the classes,
-    becomes them. Raises DataError where a part is left without clips.
+    becomes them; it is drawn beside so many of each class. Raises DataError where a part is left without clips.
     """
     splits = np.array([clip.split for clip in task.clips])
     train = np.flatnonzero(np.isin(splits, fold.train))
     test = np.flatnonzero(splits == fold.test)
     order = np.random.default_rng([seed, 0x7A5C]).permutation(train)
     if labels_per_class is not None:
-        order = _of_each_class(task, order, labels_per_class)
+        # Of so many that they are left when a tenth is gone.
+        beside = math.ceil(labels_per_class / (VALID_SHARE - 1)) if fold.valid is None else 0
+        order = _of_each_class(task, order, labels_per_class + beside)
     valid = np.flatnonzero(splits == fold.valid) if fold.valid is not None else _spread_tenth(task, order)
     train = np.sort(np.setdiff1d(order, valid))
     for name, part in (("training", train), ("validation", valid), ("test", test)):
         if not len(part):
             raise DataError(
-                f"{task.name}: has no {name} clips ({len(task.clips)} in all, splits {sorted(set(splits))})"
+                f"{task.name}: has no {name} clips ({len(task.clips)} in all, splits {sorted(set(splits))}); give "
+                + ("validation clips, or several training clips of a class" if name == "validation" else "some")
             )
     return Parts(train, valid, test)
 
@@ -299,6 +304,19 @@ def _labelled_index(shards: str | Path) -> Index:
     if index.kind != "audio":
         raise DataError(f"{index.location}: holds stored log-mels; probes need shards of audio")
     return index
+
+
+def _check_apart(indexes: Mapping[str, Index]) -> None:
+    """No shard may be in two parts, also under another name."""
+    part_of: dict[str, str] = {}
+    for split, index in indexes.items():
+        for shard in index.shards:
+            for one in (str(shard.path.resolve()), shard.sha256):
+                if (other := part_of.setdefault(one, split)) != split:
+                    raise DataError(
+                        f"{shard.path}: is among the shards of {other} and of {split}; clips to be judged must not be "
+                        "trained on: give each part shards of its own"
+                    )
 
 
 def _labelled_clips(index: Index) -> Iterator[tuple[TaskClip, tuple[str, ...]]]:

@@ -192,7 +192,8 @@ def reconstruct(
     """Hide parts of recordings and show, and sound, what the model makes of them."""
     from msm_dist.evaluate.reconstruction import reconstruct_files
 
-    print(reconstruct_files(run, files, out, start, crops, mask_ratio, seed))
+    for report in reconstruct_files(run, files, out, start, crops, mask_ratio, seed):
+        print(report, flush=True)
 
 
 @app.command()
@@ -210,20 +211,25 @@ def attention(
     """Draw the encoder's self-attention over the spectrograms of recordings."""
     from msm_dist.evaluate.attention_maps import attention_files
 
-    print(attention_files(run, files, out, layer, head, query, start))
+    for report in attention_files(run, files, out, layer, head, query, start):
+        print(report, flush=True)
 
 
 @app.command("map")
 def embedding_map(
     run: Annotated[Path, typer.Argument(help="A run folder, a folder with weights, or hf://owner/name.")],
-    data: Annotated[str, typer.Argument(help="A folder with a subfolder per label, a CSV, or a HEAR task folder.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="A folder with a subfolder per label, a CSV, a HEAR task folder, RECIPE:FOLDER, shards."),
+    ],
     out: Annotated[Path, typer.Option(help="The .png file to write; a .csv goes beside it.")],
+    audio: Annotated[Path | None, typer.Option(help="The folder that a CSV's files are relative to.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Draw the embeddings of labelled recordings on their principal components."""
     from msm_dist.evaluate.embedding_map import draw_map
 
-    print(draw_map(run, data, out, device))
+    print(draw_map(run, data, out, device, audio))
 
 
 @study_app.command()

@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from typer.main import get_command
 
+from msm_dist.cli import app
 from msm_dist.config import Features, Model
+from msm_dist.data import audio
 from msm_dist.errors import CheckpointError, ConfigError, DataError
 from msm_dist.evaluate import attention_maps as attention
-from msm_dist.evaluate import embedding_map, reconstruction
+from msm_dist.evaluate import embedding_map, pictures, reconstruction
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.pictures import file_names, read_crops, write_png
+from msm_dist.evaluate.recordings import read_audio
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, save
 from msm_kernels.patch_masking import masking_from_keep
 from msm_kernels.reference import patchify
+from tests.test_tasks import write_shard
 
 RATE = 16000
 MODEL = Model(
@@ -28,6 +33,14 @@ MODEL = Model(
 )
 INFO = WeightsInfo(MODEL, Features(mean=-7.0, std=4.0), 96)
 GREY = 128
+
+
+def reconstruct(*arguments, **options):
+    return "\n".join(reconstruction.reconstruct_files(*arguments, **options))
+
+
+def look(*arguments, **options):
+    return "\n".join(attention.attention_files(*arguments, **options))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +95,38 @@ def test_crops_are_slices_of_the_whole_recordings_log_mel(sound, start, num_crop
     silence = (np.log(1.1920929e-7) + 7.0) / 4.0
     rest = joined[..., crops.num_frames + 2 :]
     assert torch.allclose(rest, torch.full_like(rest, silence), atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_one_crop_of_a_recording_too_long_to_be_decoded_at_once(tmp_path, monkeypatch, rate):
+    path = write_sound(tmp_path / "long.wav", 90.0, rate=rate)
+    waveform = torch.from_numpy(read_audio(path, RATE)[0])[None]
+    whole = normalize(LogMel(INFO.features)(waveform, centred=True)[0], -7.0, 4.0)
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 2**20)
+    with pytest.raises(DataError, match="decoded at once"):
+        read_audio(path, RATE)
+    sizes = []
+    monkeypatch.setattr(
+        pictures.torch, "from_numpy", lambda samples: (sizes.append(len(samples)), torch.as_tensor(samples))[1]
+    )
+    for start in (0.0, 71.5, 88.5):
+        crops = read_crops(path, INFO, start)
+        first = round(start * 100)
+        assert torch.allclose(crops.spectrogram[0], whole[..., first : first + 96], atol=1e-4)
+    assert max(sizes) < 2 * RATE
+    with pytest.raises(DataError, match=r"ends after 90.00 s"):
+        read_crops(path, INFO, 90.0)
+
+
+def test_broken_file_keeps_nothing_back_of_the_files_before_it(folder, sound, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    for call, name in ((reconstruction.reconstruct_files, "dog.png"), (attention.attention_files, "dog.attention.png")):
+        said = []
+        with pytest.raises(DataError, match="broken.wav"):
+            for report in call(folder, [sound, tmp_path / "broken.wav"], tmp_path / "out"):
+                said.append(report)
+        assert len(said) == 1 and name in said[0]
+        assert (tmp_path / "out" / name).is_file()
 
 
 def test_place_past_the_end_is_an_error(sound):
@@ -192,8 +237,8 @@ def contents(folder):
 
 
 def test_equal_calls_write_equal_files_and_say_the_loss(folder, sound, tmp_path):
-    first = reconstruction.reconstruct_files(folder, [sound, sound], tmp_path / "a", 1.0)
-    second = reconstruction.reconstruct_files(folder, [sound], tmp_path / "b", 1.0)
+    first = reconstruct(folder, [sound, sound], tmp_path / "a", 1.0)
+    second = reconstruct(folder, [sound], tmp_path / "b", 1.0)
     files = contents(tmp_path / "a")
     kinds = ("png", "original.wav", "masked.wav", "reconstruction.wav")
     assert set(files) == {f"dog{number}.{kind}" for number in ("", "-2") for kind in kinds}
@@ -203,7 +248,7 @@ def test_equal_calls_write_equal_files_and_say_the_loss(folder, sound, tmp_path)
     assert "on 45 masked patches; without a model: corpus mean " in second
     waveform, rate = soundfile.read(tmp_path / "a" / "dog.original.wav")
     assert (rate, waveform.shape) == (RATE, (160 * 95,))
-    reconstruction.reconstruct_files(folder, [sound], tmp_path / "c", 1.0, seed=1)
+    reconstruct(folder, [sound], tmp_path / "c", 1.0, seed=1)
     assert contents(tmp_path / "c")["dog.png"] != files["dog.png"]
 
 
@@ -211,20 +256,20 @@ def test_wrong_uses_are_one_error_and_leave_nothing(folder, sound, tmp_path, mod
     out = tmp_path / "out"
     for ratio in (0.0, 0.999, 1.5):
         with pytest.raises(ConfigError, match="--mask-ratio"):
-            reconstruction.reconstruct_files(folder, [sound], out, mask_ratio=ratio)
+            reconstruct(folder, [sound], out, mask_ratio=ratio)
     with pytest.raises(DataError, match="nowhere.wav"):
-        reconstruction.reconstruct_files(folder, [tmp_path / "nowhere.wav"], out)
+        reconstruct(folder, [tmp_path / "nowhere.wav"], out)
     alone = save(tmp_path / "alone", model.state_dict(), replace(INFO, origin={"untrained": ["decoder"]}))
     with pytest.raises(CheckpointError, match="decoder is not trained"):
-        reconstruction.reconstruct_files(alone, [sound], out)
+        reconstruct(alone, [sound], out)
     assert not out.exists()
 
 
 def test_missing_package_is_named_with_its_extra(folder, sound, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for call in (
-        lambda: reconstruction.reconstruct_files(folder, [sound], tmp_path / "out"),
-        lambda: attention.attention_files(folder, [sound], tmp_path / "out"),
+        lambda: reconstruct(folder, [sound], tmp_path / "out"),
+        lambda: look(folder, [sound], tmp_path / "out"),
         lambda: embedding_map.draw_map(folder, str(tmp_path), tmp_path / "map.png"),
     ):
         with pytest.raises(ConfigError, match=r"pip install 'msm-dist\[eval\]'"):
@@ -273,7 +318,7 @@ def test_query_picks_its_row_of_the_map():
 def test_attention_is_drawn_over_the_spectrogram(folder, sound, tmp_path, monkeypatch, layer, head, panels):
     figures = []
     monkeypatch.setattr(attention, "write_png", lambda figure, path: figures.append((figure, path)))
-    said = attention.attention_files(folder, [sound], tmp_path, layer, head, query="1,2")
+    said = look(folder, [sound], tmp_path, layer, head, query="1,2")
     ((figure, path),) = figures
     assert path == tmp_path / "dog.attention.png"
     assert "patch 1,2" in said
@@ -296,7 +341,7 @@ def test_attention_is_drawn_over_the_spectrogram(folder, sound, tmp_path, monkey
 def test_short_recording_is_looked_at_in_its_own_length(folder, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(attention, "write_png", lambda figure, path: figures.append(figure))
-    attention.attention_files(folder, [write_sound(tmp_path / "short.wav", 0.2)], tmp_path)
+    look(folder, [write_sound(tmp_path / "short.wav", 0.2)], tmp_path)
     (figure,) = figures
     assert figure.axes[0].images[0].get_array().shape == (80, 24)
     assert figure.axes[1].images[1].get_array().shape == (5, 3)
@@ -307,7 +352,7 @@ def test_short_recording_is_looked_at_in_its_own_length(folder, tmp_path, monkey
 )
 def test_layers_and_heads_that_are_not_there_are_named(folder, sound, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
-        attention.attention_files(folder, [sound], tmp_path / "out", **options)
+        look(folder, [sound], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -373,6 +418,40 @@ def test_map_of_a_task_takes_its_labels(folder, sounds_folder, tmp_path):
     embedding_map.draw_map(folder, str(sounds_folder / "task.csv"), tmp_path / "map.png")
     rows = list(csv.DictReader((tmp_path / "map.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_map_of_a_csv_takes_its_audio_from_elsewhere(folder, sounds_folder, tmp_path):
+    lines = [f"{n % 2 and 'high' or 'low'}/{n}.wav,{'ab'[n % 2]},{'train' if n < 4 else 'test'}" for n in range(6)]
+    table = tmp_path / "tables" / "task.csv"
+    table.parent.mkdir()
+    table.write_text("\n".join(["file,label,split", *lines]) + "\n")
+    with pytest.raises(DataError, match="with --audio"):
+        embedding_map.draw_map(folder, str(table), tmp_path / "map.png")
+    call = get_command(app).main
+    call(
+        ["map", str(folder), str(table), "--out", str(tmp_path / "map.png"), "--audio", str(sounds_folder)],
+        standalone_mode=False,
+    )
+    rows = list(csv.DictReader((tmp_path / "map.csv").read_text().splitlines()))
+    assert [row["label"] for row in rows] == list("ababab")
+    with pytest.raises(DataError, match=r"--audio .*: is for the files of a .csv"):
+        embedding_map.find_recordings(str(sounds_folder), RATE, sounds_folder)
+
+
+def test_map_of_shards_takes_each_labelled_clip_once(folder, tmp_path):
+    shards = tmp_path / "shards"
+    write_shard(shards, [["a"], ["b"], None, ["a"], ["b"]])
+    recordings = embedding_map.find_recordings(str(shards), RATE)
+    assert sorted(recording.label for recording in recordings) == ["a", "a", "b", "b"]
+    said = embedding_map.draw_map(folder, str(shards), tmp_path / "map.png")
+    assert "4 recordings, 2 labels" in said
+
+
+def test_what_is_no_data_is_told_what_a_map_takes(sound, tmp_path):
+    for data in (sound, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="must be a folder with a subfolder for each label") as raised:
+            embedding_map.find_recordings(str(data), RATE)
+        assert "--test" not in str(raised.value)
 
 
 def test_folders_that_make_no_map_are_named(folder, sounds_folder, tmp_path):

@@ -9,7 +9,8 @@ Legend: B clips, F mel bands, T frames, P prefix tokens (1 with CLS), L = Fg * T
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,18 @@ HEADS_IN_A_ROW = 4
 CLS, MEAN = "cls", "mean"
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a query sees of the patches of one crop."""
+
+    weights: Tensor
+    """float32 [layers, heads, Fg, Tg]."""
+    layers: Sequence[int]
+    heads: Sequence[int]
+    """Numbers from 0, as many as `weights` has."""
+    query: str
+
+
 def attention_files(
     run: Path,
     files: Sequence[Path],
@@ -38,8 +51,8 @@ def attention_files(
     head: int | None = None,
     query: str | None = None,
     start_seconds: float = 0.0,
-) -> str:
-    """Draw the attention over the first crop from `start_seconds` on of every file to `out`; what was drawn as text.
+) -> Iterator[str]:
+    """Draw the attention over the first crop from `start_seconds` on of every file to `out`; as each is done, a line.
 
     `layer` is a number from 1, "last" or "all"; `head` a number from 1, or all. `query` is "cls", "mean" or a patch as
     ROW,COLUMN, counted from 0 at low frequencies and at the start; CLS where the model has it, else mean.
@@ -50,7 +63,6 @@ def attention_files(
     query = query or (CLS if encoder.num_prefix else MEAN)
     layers = _layers(layer, len(encoder.blocks))
     heads = _heads(head, info.model.geometry.num_heads)
-    lines = []
     for file, name in zip(files, file_names(files), strict=True):
         crops = read_crops(file, info, start_seconds)
         width = info.model.patch[1]
@@ -58,12 +70,9 @@ def attention_files(
         spectrogram = crops.spectrogram[..., : -(-crops.num_frames // width) * width]
         shape = (info.features.n_mels // info.model.patch[0], spectrogram.shape[-1] // width)
         maps = attention_maps(encoder, spectrogram)[layers][:, 0][:, heads]
-        seen = from_query(maps, query, encoder.num_prefix, shape)
-        title = f"{file.name}: attention of {_query_named(query)}"
-        figure = draw(seen, spectrogram[0, 0], info, crops.start_seconds, layers, heads, title, query)
-        write_png(figure, out / f"{name}.attention.png")
-        lines.append(f"{out / name}.attention.png: {_query_named(query)}, {len(layers)} layers x {len(heads)} heads")
-    return "\n".join(lines)
+        seen = Seen(from_query(maps, query, encoder.num_prefix, shape), layers, heads, query)
+        write_png(draw(seen, spectrogram[0, 0], info, crops.start_seconds, file.name), out / f"{name}.attention.png")
+        yield f"{out / name}.attention.png: {_query_named(query)}, {len(layers)} layers x {len(heads)} heads"
 
 
 @torch.no_grad()
@@ -106,22 +115,14 @@ def from_query(maps: Tensor, query: str, num_prefix: int, shape: tuple[int, int]
     return rows[..., num_prefix:].unflatten(-1, shape)
 
 
-def draw(
-    seen: Tensor,
-    spectrogram: Tensor,
-    info: WeightsInfo,
-    start_seconds: float,
-    layers: Sequence[int],
-    heads: Sequence[int],
-    title: str,
-    query: str = CLS,
-) -> "Figure":
-    """The spectrogram [F, T], below it every map of `seen` [layers, heads, Fg, Tg] over it, each on its own scale."""
+def draw(seen: Seen, spectrogram: Tensor, info: WeightsInfo, start_seconds: float, name: str) -> "Figure":
+    """The spectrogram [F, T] of the recording `name`, below it every map over it, each on its own scale."""
+    layers, heads = seen.layers, seen.heads
     columns = len(heads) if len(layers) > 1 else min(HEADS_IN_A_ROW, len(heads))
     panels = [(layer, head) for layer in range(len(layers)) for head in range(len(heads))]
     rows = -(-len(panels) // columns)
     figure = new_figure(max(6.0, 3.2 * columns), 0.6 + 2.2 * (rows + 1))
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{name}: attention of {_query_named(seen.query)}", fontsize=10)
     frames, values = spectrogram.shape[1], spectrogram.numpy()
     grid = figure.add_gridspec(rows + 1, columns)
     top = figure.add_subplot(grid[0, :])
@@ -129,14 +130,14 @@ def draw(
     top.set_ylabel("mel band", fontsize=8)
     for number, (layer, head) in enumerate(panels):
         axes = figure.add_subplot(grid[1 + number // columns, number % columns])
-        weights = seen[layer, head].numpy()
+        weights = seen.weights[layer, head].numpy()
         show(axes, values, info, start_seconds, frames, cmap="gray")
         show(axes, weights, info, start_seconds, frames, cmap="inferno", alpha=0.65, vmin=0, vmax=weights.max())
         axes.set_title(f"layer {layers[layer] + 1}, head {heads[head] + 1}, up to {weights.max():.3f}", fontsize=8)
         axes.tick_params(labelsize=6)
-    if query not in (CLS, MEAN):
+    if seen.query not in (CLS, MEAN):
         for axes in figure.axes:
-            _mark(axes, query, info, start_seconds, tuple(seen.shape[-2:]))
+            _mark(axes, seen.query, info, start_seconds, tuple(seen.weights.shape[-2:]))
     return figure
 
 

@@ -1,9 +1,9 @@
 """`msm-dist map`: the scene embeddings of labelled recordings on their first two principal components.
 
-In: weights and labelled recordings: a folder whose subfolders are labels, or a task as `read_task` reads it. Out: a PNG
-with a colour per label and the share of variance that each axis holds, and the coordinates as a CSV beside it. No
-random number is drawn. Recordings that can't be read are left out and counted. Fails with DataError, CheckpointError,
-ConfigError.
+In: weights and labelled recordings: a folder whose subfolders are labels, a task as `read_task` reads it, or shards
+with labels. Out: a PNG with a colour per label and the share of variance that each axis holds, and the coordinates as a
+CSV beside it. No random number is drawn. Recordings that can't be read are left out and counted. Fails with DataError,
+CheckpointError, ConfigError.
 
 Legend: N recordings, E numbers of an embedding, K components.
 """
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from msm_dist.data.clips import find_audio
+from msm_dist.data.index import INDEX_NAME
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.encoder import Encoder
+from msm_dist.evaluate.hear_folder import METADATA_NAME
 from msm_dist.evaluate.pictures import check_matplotlib, new_figure, write_png
 from msm_dist.evaluate.recordings import read_audio
-from msm_dist.evaluate.tasks import clip_waveform, read_task
+from msm_dist.evaluate.tasks import clip_waveform, read_shards, read_task
 from msm_dist.files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 COLORS, MARKERS = 20, "osD^vPX*"
 LEGEND_ROWS = 24
 NO_LABEL = "(none)"
+FORMS = (
+    "must be a folder with a subfolder for each label, a .csv of file,label,split, a HEAR task folder, RECIPE:FOLDER, "
+    "or a folder of shards with labels"
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,16 @@ class Recording:
     read: Callable[[], np.ndarray]
 
 
-def draw_map(run: Path, data: str, out: Path, device: str = "cpu") -> str:
-    """Write the map of `data` to `out` and its coordinates to the same name with .csv; a summary as text."""
+def draw_map(run: Path, data: str, out: Path, device: str = "cpu", audio: Path | None = None) -> str:
+    """Write the map of `data` to `out` and its coordinates to the same name with .csv; a summary as text.
+
+    `audio` is the folder that a CSV's files are relative to, else the CSV's own.
+    """
     check_matplotlib()
     if out.suffix != ".png":
         raise ConfigError(f"--out {out}: must end in .png; the coordinates go beside it as .csv")
     encoder = Encoder.load(run, device=device)
-    recordings = find_recordings(data, encoder.features.sample_rate)
+    recordings = find_recordings(data, encoder.features.sample_rate, audio)
     kept, vectors, faults = embed_all(encoder, recordings)
     points, shares = principal_components(vectors)
     labels = [recording.label for recording in kept]
@@ -67,11 +76,15 @@ def draw_map(run: Path, data: str, out: Path, device: str = "cpu") -> str:
     return "\n".join(lines)
 
 
-def find_recordings(data: str, sample_rate: int) -> list[Recording]:
-    """The labelled recordings of a task, or of a folder with a subfolder for each label. Raises DataError."""
+def find_recordings(data: str, sample_rate: int, audio: Path | None = None) -> list[Recording]:
+    """The labelled recordings of a task, of shards, or of a folder with a subfolder per label. Raises DataError."""
     folder = Path(data)
-    is_task = not folder.is_dir() or any((folder / name).is_file() for name in ("task_metadata.json", "index.json"))
-    if not is_task:
+    is_csv = folder.suffix == ".csv" and folder.is_file()
+    if not folder.is_dir() and not is_csv and ":" not in data:
+        raise DataError(f"{data}: {'another kind of file' if folder.is_file() else 'no such folder'}; {FORMS}")
+    if audio is not None and not is_csv:
+        raise DataError(f"--audio {audio}: is for the files of a .csv; {data} says itself where its recordings are")
+    if folder.is_dir() and not any((folder / name).is_file() for name in (METADATA_NAME, INDEX_NAME)):
         files = [Path(file) for file in find_audio(folder)]
         if loose := [file for file in files if len(file.parts) == 1]:
             raise DataError(
@@ -79,14 +92,20 @@ def find_recordings(data: str, sample_rate: int) -> list[Recording]:
                 "the label of what is in it"
             )
         return [Recording(str(f), f.parts[0], partial(_read, folder / f, sample_rate)) for f in files]
-    task = read_task(data, sample_rate=sample_rate)
+    if (folder / INDEX_NAME).is_file():
+        # A task has clips to be judged on; a map has no splits, so the same shards are both, and count once.
+        task = read_shards(folder, folder)
+        clips = [clip for clip in task.clips if clip.split == "test"]
+    else:
+        task = read_task(data, audio, sample_rate)
+        clips = list(task.clips)
     return [
         Recording(
             clip.key or str(clip.path),
             " + ".join(task.labels[number] for number in clip.labels) or NO_LABEL,
             partial(clip_waveform, clip, sample_rate),
         )
-        for clip in task.clips
+        for clip in clips
     ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from msm_dist.errors import ConfigError, DataError
-from msm_dist.evaluate.recordings import read_audio
+from msm_dist.evaluate.recordings import read_blocks
 from msm_dist.features import LogMel, normalize
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import WeightsInfo
@@ -46,24 +46,39 @@ class Crops:
 def read_crops(path: Path, info: WeightsInfo, start_seconds: float = 0.0, num_crops: int = 1) -> Crops:
     """As many crops of the model's length from `start_seconds` on as the recording has, `num_crops` at most.
 
-    They are slices of the log-mel of the whole recording. Raises DataError.
+    They are slices of the log-mel of the whole recording, of which memory holds those crops alone. Raises DataError.
     """
     features, frames = info.features, info.crop_frames
     hop, margin = features.hop, 2 * features.n_fft // features.hop + 1
-    waveform = torch.from_numpy(read_audio(path, features.sample_rate)[0])
-    total, first = -(-len(waveform) // hop), round(start_seconds * features.sample_rate / hop)
-    if first >= total:
-        raise DataError(f"--start {start_seconds:g}: {path} ends after {len(waveform) / features.sample_rate:.2f} s")
-    stop = first + min(num_crops, -(-(total - first) // frames)) * frames
+    first = round(start_seconds * features.sample_rate / hop)
     # What lies more than a window away from the crops changes nothing in them.
     before = max(0, first - margin)
-    waveform = waveform[before * hop : (stop + margin) * hop]
+    waveform, seen = _span(path, features.sample_rate, before * hop, (first + num_crops * frames + margin) * hop)
+    total = -(-seen // hop)
+    if first >= total:
+        raise DataError(f"--start {start_seconds:g}: {path} ends after {seen / features.sample_rate:.2f} s")
+    stop = first + min(num_crops, -(-(total - first) // frames)) * frames
+    waveform = waveform[: (stop + margin - before) * hop]
     waveform = pad(waveform, (0, max(0, hop * (stop - before - 1) - len(waveform))))
     logmel = LogMel(features)(waveform[None], centred=True)[0, :, :, first - before : stop - before]
     crops = torch.stack(logmel.split(frames, dim=-1))
     return Crops(
         normalize(crops, features.mean, features.std), first * hop / features.sample_rate, min(total, stop) - first
     )
+
+
+def _span(path: Path, sample_rate: int, start: int, stop: int) -> tuple[Tensor, int]:
+    """Samples [start, stop) at `sample_rate`, as many as there are, and how many were seen: `stop`, or all there are.
+
+    Raises DataError.
+    """
+    parts, seen = [np.zeros(0, np.float32)], 0
+    for block in read_blocks(path, sample_rate):
+        parts.append(block[max(0, start - seen) : max(0, stop - seen)].copy())
+        seen += len(block)
+        if seen >= stop:
+            break
+    return torch.from_numpy(np.concatenate(parts)), seen
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ Legend: C crops, F mel bands, T frames, L patches, M masked ones, S samples.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from msm_dist.evaluate.pictures import check_matplotlib, file_names, new_figure,
 from msm_dist.features import CODE_LOW
 from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel
+from msm_dist.model.origin import is_trained
 from msm_dist.model.weights import WeightsInfo, load
 from msm_dist.pictures import COLORMAP, MASKED_GREY, PEAK, QUIETEST, hidden_cells, invert_logmel, reconstruct
 from msm_dist.references import mel_mean_patches, nearest_patches, normalized_patches, visible_mean_patches
@@ -61,25 +62,27 @@ def reconstruct_files(
     num_crops: int = 1,
     mask_ratio: float | None = None,
     seed: int = 0,
-) -> str:
-    """Write pictures and sounds of every file to `out`; the losses as text. See the module's docstring."""
+) -> Iterator[str]:
+    """Write pictures and sounds of every file to `out`; as each is done, its losses as text.
+
+    Raises CheckpointError and ConfigError before the first file, DataError at one that can't be read.
+    """
     check_matplotlib()
     model, info = load(run)
-    if "decoder" in info.origin.get("untrained", ()):
+    if not is_trained(info.origin, "decoder"):
         raise CheckpointError(
-            f"{run}: its decoder is not trained (converted with the encoder alone), so it can reconstruct nothing"
+            f"{run}: its decoder is not trained, or not with this encoder (fine-tuned, or converted with the encoder "
+            "alone), so it can reconstruct nothing; take the weights of a pre-training run"
         )
     ratio = info.model.mask_ratio if mask_ratio is None else mask_ratio
-    lines = []
     for file, name in zip(files, file_names(files), strict=True):
         crops = read_crops(file, info, start_seconds, num_crops)
         made = reconstructions(model, info, crops.spectrogram, ratio, seed, crops.start_seconds)
         for kind, waveform in sounds(made, info).items():
             _write_wav(out / f"{name}.{kind}.wav", waveform, info.features.sample_rate)
         write_png(draw(made, info, file.name), out / f"{name}.png")
-        lines += [f"{file} from {one.start_seconds:.2f} s: {_told(one)}" for one in made]
-        lines.append(f"  {out / name}.png, and .original.wav, .masked.wav, .reconstruction.wav")
-    return "\n".join(lines)
+        lines = [f"{file} from {one.start_seconds:.2f} s: {_told(one)}" for one in made]
+        yield "\n".join([*lines, f"  {out / name}.png, and .original.wav, .masked.wav, .reconstruction.wav"])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from msm_dist.config import flat_items, flat_settings, load_config
+from msm_dist.config import flat_items, flat_settings, is_finetuning, load_config
 from msm_dist.data.mix import count_places
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.monitor import read_metrics
@@ -92,6 +92,11 @@ def compare(run: Path, reference: Path, tolerance: float = TOLERANCE) -> str:
 
 def read_record(folder: Path) -> Record:
     """Read a run folder's config.yaml, metrics.jsonl, environment.json. Raises ConfigError, DataError."""
+    if is_finetuning(folder / "config.yaml"):
+        raise ConfigError(
+            f"{folder}: a fine-tuned run; compare takes runs of pre-training. What this one reached is in "
+            f"{folder / 'results.json'}"
+        )
     cfg = load_config(folder / "config.yaml")
     settings = flat_settings(cfg.model_dump(mode="json"))
     lines = read_metrics(folder / "metrics.jsonl")

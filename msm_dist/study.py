@@ -6,6 +6,7 @@ there is nothing to compare, with DataError on a damaged record.
 """
 
 import json
+import logging
 import math
 import re
 import statistics
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msm_dist.config import Config, flat_settings, load_config
+from msm_dist.config import Config, flat_settings, is_finetuning, load_config
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.monitor import BASELINES, REFERENCES, read_metrics
 from msm_dist.traces import run_folders, traces
+
+log = logging.getLogger(__name__)
 
 PROBE = "probe/"
 TRAINED = "trained"
@@ -93,7 +96,11 @@ def read_runs(root: Path) -> list[StudyRun]:
     """All runs below `root` that have begun, by name. Raises ConfigError, DataError."""
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder; give the one that holds the run folders (run.dir, or a sweep's)")
-    folders = [folder for folder in run_folders(root) if (folder / "config.yaml").is_file()]
+    begun = [folder for folder in run_folders(root) if (folder / "config.yaml").is_file()]
+    folders = [folder for folder in begun if not is_finetuning(folder / "config.yaml")]
+    for folder in begun:
+        if folder not in folders:
+            log.warning("%s: a fine-tuned run, left out", _name(folder, root))
     runs = [read_run(folder, _name(folder, root)) for folder in folders]
     if len(runs) < 2:
         raise ConfigError(f"{root}: has {len(runs)} runs that have begun; a study compares at least two")

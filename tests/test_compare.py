@@ -8,6 +8,7 @@ import pytest
 from msm_dist.compare import Mismatch, compare
 from msm_dist.config import dump_config, load_config, parse_config
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate.finetune_config import read_config
 
 ENVIRONMENT = {"started": "today", "device": "CPU (x86_64)", "world_size": 2, "versions": {"torch": "2.13.0"}}
 VALID = {"valid_loss": 0.5, "reference_mel_mean": 1.0}
@@ -182,3 +183,11 @@ def test_a_run_without_a_logged_step_is_named(tmp_path, reference):
     run = write_run(tmp_path / "run", logged={}, valid={})
     with pytest.raises(DataError, match="run/metrics.jsonl: no training loss"):
         compare(run, reference)
+
+
+def test_finetuned_run_is_named_with_the_place_of_its_results(tmp_path, reference):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(dump_config(read_config("weights", "birds.csv", ["train.steps=3"])))
+    for pair in ((run, reference), (reference, run)):
+        with pytest.raises(ConfigError, match="run: a fine-tuned run; .* in .*run/results.json"):
+            compare(*pair)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from msm_dist.config import dump_config, load_config
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate.finetune_config import read_config
 from msm_dist.study import lines_of, read_runs, rows_of, swept_settings
 from msm_dist.study_results import gather, markdown, table_csv
 from msm_dist.sweep import expand
@@ -222,3 +223,11 @@ def test_every_run_of_the_scaled_down_study_is_valid_and_sees_as_many_crops():
     assert len({cfg.train.steps * cfg.train.global_batch for cfg in configs}) == 1
     assert len({cfg.model_dump_json(exclude={"run"}) for cfg in configs}) == len(variants)
     assert {cfg.probe.every for cfg in configs} == {configs[0].train.steps}
+
+
+def test_finetuned_runs_are_left_out_by_name(runs, caplog):
+    before = read_runs(runs)
+    tuned = write_run(runs, "tuned")
+    (tuned / "config.yaml").write_text(dump_config(read_config("weights", "birds.csv", ["train.steps=3"])))
+    assert read_runs(runs) == before
+    assert "tuned: a fine-tuned run, left out" in caplog.text

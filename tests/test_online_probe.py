@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msm_dist.config import Features, Model, Probe, parse_config
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.evaluate import online
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.online import (
     PENALTIES,
     OnlineProbe,
     Part,
-    mean_average_precision,
     read_part,
     ridge,
     score,
@@ -138,11 +138,12 @@ def test_ridge_lives_with_constant_numbers_and_more_numbers_than_clips():
     assert np.isfinite(scores).all()
 
 
-def test_mean_average_precision_is_the_mean_over_labels_that_occur_and_takes_ties_as_one_step():
+def test_mean_average_precision_is_the_mean_over_labels_that_occur_and_takes_ties_as_one_step(monkeypatch):
     scores = np.array([[0.9, 0.5, 0.1], [0.8, 0.5, 0.2], [0.7, 0.1, 0.3], [0.6, 0.0, 0.4]])
     labels = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
     first, second = (1 / 1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2
-    assert mean_average_precision(scores, labels) == pytest.approx((first + second) / 2)
+    monkeypatch.setattr(online, "ridge", lambda *given: scores)
+    assert score(Part("t", labels, 0, True, []), np.empty((4, 1))) == pytest.approx((first + second) / 2, abs=1e-12)
 
 
 def test_score_is_accuracy_or_map_on_the_clips_to_judge():
@@ -182,6 +183,9 @@ def test_task_without_clips_to_judge_is_refused(task):
     clips = [clip for clip in task.clips if clip.split == "train"]
     with pytest.raises(DataError, match=r"pitch has 20 clips to fit \(of train\) and 0 to judge \(of valid\)"):
         read_part(make_task(clips), 1000, RATE, 0, 1)
+    bare = [replace(clip, labels=clip.labels if clip.split == "train" else ()) for clip in task.clips]
+    with pytest.raises(DataError, match="none of the 9 clips of valid that are judged has a label"):
+        read_part(make_task(bare, multilabel=True), 1000, RATE, 0, 1)
 
 
 @pytest.mark.parametrize("size", [2, 31])
@@ -239,6 +243,9 @@ def test_probe_without_data_is_refused_and_nothing_is_read_where_it_is_off(tmp_p
     assert OnlineProbe.open(Probe(every=0, data=str(tmp_path / "none")), INFO, 0, Rank()) is None
     with pytest.raises(DataError, match="probe.data = .*none"):
         OnlineProbe.open(Probe(every=1, data=str(tmp_path / "none")), INFO, 0, Rank())
+    (tmp_path / "index.json").touch()
+    with pytest.raises(DataError, match="probe.data = .* holds shards, .* give a HEAR task folder or a table"):
+        OnlineProbe.open(Probe(every=1, data=str(tmp_path)), INFO, 0, Rank())
 
 
 def test_monitor_writes_scores_beside_their_baselines(tmp_path, capsys):

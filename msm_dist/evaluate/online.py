@@ -14,17 +14,20 @@ Legend: B clips, S samples, E size of a vector, N clips to fit, M clips to judge
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msm_dist.config import Probe
+from msm_dist.data.index import INDEX_NAME
 from msm_dist.engine.world import World
 from msm_dist.errors import DataError
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.probe_vectors import logmel_statistics
 from msm_dist.evaluate.recordings import read_audio
+from msm_dist.evaluate.scores import resampled
 from msm_dist.evaluate.tasks import Task, TaskClip, read_task
 from msm_dist.features import INT16_SCALE, LogMel
 from msm_dist.model.mae import MaskedSpectrogramModel
@@ -84,6 +87,11 @@ class OnlineProbe:
         rate = info.features.sample_rate
         paths = [cfg.data] if isinstance(cfg.data, str) else cfg.data or []
         try:
+            if shards := [path for path in paths if (Path(path) / INDEX_NAME).is_file()]:
+                raise DataError(
+                    f"{shards[0]} holds shards, which only msm-dist probe reads; give a HEAR task folder or a table of "
+                    "file,label,split"
+                )
             tasks = [read_task(path, sample_rate=rate) for path in paths]
             names = [task.name for task in tasks]
             if twice := [name for name in names if names.count(name) > 1]:
@@ -175,6 +183,11 @@ def read_part(task: Task, most_clips: int, sample_rate: int, rank: int, size: in
     labels = np.zeros((len(clips), len(task.labels)), bool)
     for number, clip in enumerate(clips):
         labels[number, list(clip.labels)] = True
+    if task.multilabel and not labels[len(used_fit) :].any():
+        raise DataError(
+            f"{task.name}: none of the {len(used_held_out)} clips of {judged} that are judged has a label, so mAP has "
+            "no meaning; label some, or raise probe.clips"
+        )
     waveforms = [_read(clip, sample_rate) for clip in clips[rank::size]]
     return Part(task.name, labels, len(used_fit), task.multilabel, waveforms)
 
@@ -184,7 +197,7 @@ def score(part: Part, vectors: np.ndarray) -> float:
     fit = part.num_fit
     predicted = ridge(vectors[:fit], part.labels[:fit], vectors[fit:])
     if part.is_multilabel:
-        return mean_average_precision(predicted, part.labels[fit:])
+        return float(resampled("mAP", predicted, part.labels[fit:], np.ones((1, len(predicted))))[0])
     return float(part.labels[fit:][np.arange(len(predicted)), predicted.argmax(axis=1)].mean())
 
 
@@ -211,21 +224,6 @@ def ridge(fit: np.ndarray, labels: np.ndarray, judged: np.ndarray) -> np.ndarray
         if (error := (residuals**2).mean()) < best:
             best, dual = error, directions @ (projected / (variances + penalty)[:, None])
     return judged @ (fit.T @ dual) + centre
-
-
-def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over labels of the average precision of [M, C] scores; labels that no clip has are left out.
-
-    Clips of equal score count as one step, as scikit-learn has it.
-    """
-    precisions = []
-    for column in np.flatnonzero(labels.any(axis=0)):
-        order = np.argsort(-scores[:, column], kind="stable")
-        hits = np.cumsum(labels[order, column])
-        ends = np.flatnonzero(np.append(np.diff(scores[order, column]) != 0, True))  # last clip of every step
-        found = np.diff(hits[ends], prepend=0)
-        precisions.append((found * hits[ends] / (ends + 1)).sum() / hits[-1])
-    return float(np.mean(precisions))
 
 
 def _drawn(clips: Sequence[TaskClip], share: float) -> list[TaskClip]:

@@ -7,6 +7,7 @@ intervals of the difference to both baselines are above zero.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, slug, write_results
+from benchmarks.measure import RESULTS, environment, slug
 from msm_dist.data.probe_tasks import TASKS, VERSION, default_clips, write_tasks
 from msm_dist.errors import reporting
 from msm_dist.evaluate.probe import Settings, probe
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, also where no task is won."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="run folder or exported weights")
-    parser.add_argument("--tasks", type=Path, default=Path("data/probe_tasks"), help="folder of the tasks")
+    parser.add_argument("--tasks", type=Path, default=Path("data/benchmark-tasks"), help="folder of the tasks")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="may be repeated; none: all")
     parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="per class")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the classifier")
@@ -55,9 +56,13 @@ def main(arguments: Sequence[str]) -> int:
     }
     clips = {task: tuple(options.clips or default_clips(task)) for task in names}
     made = {"generator_version": VERSION, "seed": TASKS_SEED, "clips_per_class": clips}
-    content = {"tasks": made, "threads": torch.get_num_threads(), "labels_per_class": contents(found)}
-    path = write_results(options.out, f"probes-{slug(name)}", content)
+    subject, device = f"probes-{slug(name)}", _device(options.device)
+    content = {"subject": subject, **environment(), "device": device, "threads": torch.get_num_threads()}
+    content |= {"tasks": made, "labels_per_class": contents(found)}
     text = report(name, found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{subject}-{slug(device)}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), text)
     print(f"{text}\nwritten: {path}, {path.with_suffix('.md')}")
     return 0
@@ -94,6 +99,11 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 def won(outcome: Outcome) -> bool:
     """Whether the task tells something, and the encoder more than both baselines."""
     return outcome.beats_baselines and not outcome.saturated
+
+
+def _device(used: str) -> str:
+    """The name of the device that was used: the machine may have others."""
+    return torch.cuda.get_device_name(used) if torch.device(used).type == "cuda" else "CPU"
 
 
 def _name(run: str) -> str:

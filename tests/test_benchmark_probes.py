@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import probes
+from benchmarks.measure import environment
 from msm_dist.evaluate.probe_report import Compared, Outcome, Scored
 from msm_dist.evaluate.scores import Interval
 from tests.labelled import write_weights
@@ -36,7 +37,9 @@ def test_verdict_names_every_task_and_whether_three_are_won():
     assert probes.verdict([replace(outcomes[0], task=name) for name in "xyz"]).endswith("Wanted: 3 won; met.")
 
 
-def test_rehearsal_prints_every_task_and_leaves_results(tmp_path, capsys):
+def test_rehearsal_prints_every_task_and_leaves_results(tmp_path, capsys, monkeypatch):
+    # A machine with a GPU that is not used.
+    monkeypatch.setattr(probes, "environment", lambda: environment() | {"device": "NVIDIA H200"})
     weights, out = write_weights(tmp_path / "tiny"), tmp_path / "results"
     names = ("order", "glide")
     arguments = [str(weights), "--tasks", str(tmp_path / "tasks"), "--out", str(out), "--name", "A tiny one"]
@@ -45,6 +48,7 @@ def test_rehearsal_prints_every_task_and_leaves_results(tmp_path, capsys):
         arguments += ["--task", name]
     assert probes.main(arguments) == 0
     content = json.loads((out / "probes-a-tiny-one-cpu.json").read_text())
+    assert (content["subject"], content["device"]) == ("probes-a-tiny-one", "CPU")
     assert content["tasks"]["clips_per_class"] == {name: [3, 1, 2] for name in names}
     assert list(content["labels_per_class"]) == ["2", "3"]
     for labels, found in content["labels_per_class"].items():

@@ -49,6 +49,8 @@ class StudyRun:
     """Median of the log points."""
     training_seconds: float | None
     """Time in steps, of all starts; without validation, probes and checkpoints."""
+    compared: frozenset[str] = frozenset()
+    """The SCORE/TASK that every run with scores has: what a mean over tasks is taken of."""
 
     @property
     def crops(self) -> int:
@@ -68,11 +70,14 @@ class StudyRun:
 
     @property
     def score(self) -> float | None:
-        """Mean over tasks."""
-        return mean(self.scores.values())
+        """Mean over the tasks that are compared."""
+        return self._mean(self.scores)
 
     def baseline(self, name: str) -> float | None:
-        return mean(self.baselines.get(name, {}).values())
+        return self._mean(self.baselines.get(name, {}))
+
+    def _mean(self, scores: Mapping[str, float]) -> float | None:
+        return mean(value for task, value in scores.items() if task in self.compared)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,14 @@ def read_runs(root: Path) -> list[StudyRun]:
     runs = [read_run(folder, _name(folder, root)) for folder in folders]
     if len(runs) < 2:
         raise ConfigError(f"{root}: has {len(runs)} runs that have begun; a study compares at least two")
-    return sorted(runs, key=lambda run: natural(run.name))
+    return _alike(sorted(runs, key=lambda run: natural(run.name)))
+
+
+def _alike(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """The runs with the tasks that all of those with scores have."""
+    tasks = [frozenset(run.scores) for run in runs if run.scores]
+    compared = frozenset.intersection(*tasks) if tasks else frozenset()
+    return [replace(run, compared=compared) for run in runs]
 
 
 def read_run(folder: Path, name: str) -> StudyRun:
@@ -153,18 +165,21 @@ def split_scores(scores: Mapping[str, float]) -> tuple[dict[str, float], dict[st
     return own, baselines
 
 
-def with_reports(runs: Sequence[StudyRun], root: Path, reports: Sequence[Path]) -> tuple[list[StudyRun], list[str]]:
-    """The runs with the scores of `msm-dist probe --out` instead of the online ones, and the protocols of the reports.
+def with_reports(runs: Sequence[StudyRun], root: Path, reports: Sequence[Path]) -> tuple[list[StudyRun], str]:
+    """The runs with the scores of `msm-dist probe --out` instead of the online ones, and the reports' one protocol.
 
-    Raises ConfigError for a report of a run that is not below `root`, DataError for a file that is no report.
+    Raises ConfigError for a report of a run that is not below `root`, of shuffled labels, made with other settings than
+    the first, or of a task that the run has already; DataError for a file that is no report.
     """
     found: dict[str, dict[str, float]] = {run.name: {} for run in runs}
+    sources: dict[tuple[str, str], Path] = {}
     places = {(root / run.name if run.name != root.resolve().name else root).resolve(): run.name for run in runs}
-    protocols: dict[str, None] = {}
+    settings: dict[str, Any] = {}
     for path in reports:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            place, protocol = Path(report["run"]), str(report["settings"]["protocol"])
+            place = Path(report["run"])
+            own = {"protocol": None, **report["settings"], "normalization": report.get("normalization")}
             scores = {
                 f"{task['score']}{'' if kind == TRAINED else f'_{kind}'}/{task['task']}": float(scored["mean"])
                 for task in report["tasks"]
@@ -178,10 +193,22 @@ def with_reports(runs: Sequence[StudyRun], root: Path, reports: Sequence[Path]) 
         name = next((places[folder] for folder in _at_and_above(place) if folder in places), None)
         if name is None:
             raise ConfigError(f"{path}: is of {place}, which is no run below {root}; leave it out")
+        if own.get("shuffle_labels"):
+            raise ConfigError(f"{path}: is of shuffled labels, a control and no result; leave it out")
+        settings = settings or own
+        if differing := [key for key in own.keys() | settings.keys() if own.get(key) != settings.get(key)]:
+            key = min(differing)
+            raise ConfigError(
+                f"{path}: was made with {key} {own.get(key)}, but {reports[0]} with {settings.get(key)}; one table "
+                "takes reports of the same settings"
+            )
+        for task in split_scores(scores)[0]:
+            if (first := sources.setdefault((name, task), path)) is not path:
+                raise ConfigError(f"{path}: has {task} of the run {name}, as has {first}; leave one of them out")
         found[name] |= scores
-        protocols[protocol] = None
     split = {name: split_scores(scores) for name, scores in found.items()}
-    return [replace(run, scores=split[run.name][0], baselines=split[run.name][1]) for run in runs], list(protocols)
+    judged = [replace(run, scores=split[run.name][0], baselines=split[run.name][1]) for run in runs]
+    return _alike(judged), str(settings["protocol"])
 
 
 def swept_settings(runs: Sequence[StudyRun]) -> list[str]:

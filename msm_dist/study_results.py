@@ -29,16 +29,22 @@ from msm_dist.study import (
     with_reports,
 )
 
-TARGET_SETTINGS = ("data.crop_frames", "model.patch_size", "model.mask_ratio", "model.normalize_targets", "features.")
-"""Settings that change what the loss is a mean of: over them it can't be compared."""
+TARGET_SETTINGS = (
+    *("data.crop_frames", "model.patch_size", "model.mask_ratio", "model.normalize_targets", "features."),
+    *("data.shards", "data.mix", "data.valid_shards", "train.valid_clips"),
+)
+"""Settings that change what the loss is a mean of (a corpus brings its mean and deviation, and may be the one that is
+judged): over them it can't be compared."""
 NOTHING = "-"
 NOT_COMPARABLE = (
-    "Held-out losses of these runs are **not comparable with each other**: {settings} decides which patches are hidden "
-    "and what a patch is, so that each loss is a mean over other targets. Beside a loss stand its ratios to what needs "
-    "no model, on the same patches of the same clips: to the corpus mean per mel band (1: no better than a constant) "
-    "and to the best of the {count} references. They too depend on how much is hidden, and where. What an encoder is "
-    "worth is its downstream score."
+    "Held-out losses of these runs are **not comparable with each other**: {settings} decides which clips are judged, "
+    "which of their patches are hidden, or what a patch is, so that each loss is a mean over other targets. Beside a "
+    "loss stand its ratios to what needs no model, on the same patches of the same clips: to the corpus mean per mel "
+    "band (1: no better than a constant) and to the best of the {count} references. They too depend on how much is "
+    "hidden, and where. What an encoder is worth is its downstream score."
 )
+ONLINE = "the online probe, at the last step that it saw (its random weights: those of the run's seed)"
+REPORTS = "`msm-dist probe`, protocol {protocol} (its random weights: those of seed 0)"
 COMPARABLE = "Held-out losses are means over the same targets, and comparable."
 Value = float | int | str | None
 
@@ -72,10 +78,10 @@ def gather(root: Path, reports: Sequence[Path], out: Path) -> None:
     """Write the results of all runs below `root` into `out` and print the table. Raises ConfigError, DataError."""
     figure = _figure_class()
     runs = read_runs(root)
-    judge = "the online probe, at the last step that it saw"
+    judge = ONLINE
     if reports:
-        runs, protocols = with_reports(runs, root, reports)
-        judge = f"`msm-dist probe`, protocol {', '.join(protocols)}"
+        runs, protocol = with_reports(runs, root, reports)
+        judge = REPORTS.format(protocol=protocol)
     swept = swept_settings(runs)
     rows = rows_of(runs, swept)
     text = markdown(root, rows, swept, judge)
@@ -110,12 +116,18 @@ def markdown(root: Path, rows: Sequence[Row], swept: Sequence[str], judge: str) 
     if tasks := list(dict.fromkeys(task for run in runs for task in run.scores)):
         lines += [
             "",
-            f"Downstream scores by {judge}; above stands their mean over {len(tasks)} tasks. Random weights: the same "
-            "model before its first step. Log-mel: statistics of the log-mel, without any model.",
+            f"Downstream scores by {judge}; above stands {_mean_of(len(runs[0].compared), len(tasks))}. Random "
+            "weights: the same model, untrained. Log-mel: statistics of the log-mel, without any model.",
             "",
             *_table(*_by_task(rows, swept, tasks)),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _mean_of(compared: int, tasks: int) -> str:
+    if not compared:
+        return "no mean of them, as no task is one that all these runs have"
+    return f"their mean over {compared} tasks" + (f", of {tasks} those that all have" if compared < tasks else "")
 
 
 def table_csv(runs: Sequence[StudyRun], swept: Sequence[str]) -> str:
@@ -141,9 +153,11 @@ def plot(figure: Callable[..., Any], rows: Sequence[Row], swept: Sequence[str]) 
     for panel, column in zip(panels, axes.T, strict=True):
         for measure, axis in zip(measures, column, strict=True):
             _draw(axis, panel, measure)
-    for measure, axis in zip(measures, axes[:, 0], strict=True):
-        axis.set_ylabel(measure.label)
-        axis.legend(fontsize="small")
+    for measure, row in zip(measures, axes, strict=True):
+        row[0].set_ylabel(measure.label)
+        for axis in row:
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize="small")
     drawn.suptitle("filled: finished runs, hollow: unfinished ones; lines join means over seeds", fontsize="small")
     image = io.BytesIO()
     drawn.savefig(image, format="png", dpi=120, metadata={"Software": None})

@@ -11,7 +11,7 @@ from msm_dist.config import dump_config, load_config
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.finetune_config import read_config
 from msm_dist.study import lines_of, read_runs, rows_of, swept_settings
-from msm_dist.study_results import gather, markdown, table_csv
+from msm_dist.study_results import TARGET_SETTINGS, gather, markdown, plot, table_csv
 from msm_dist.sweep import expand
 from tests.processes import HERE
 
@@ -104,6 +104,13 @@ def test_losses_over_other_targets_are_not_called_comparable(runs, tmp_path):
     swept = swept_settings(found)
     text = markdown(runs, rows_of(found, swept), swept, "any")
     assert "not comparable with each other**: crop_frames or patch_size decides" in text
+    for name in ("data.shards", "data.valid_shards", "train.valid_clips"):
+        assert name.startswith(TARGET_SETTINGS)
+        corpora = tmp_path / name
+        for number in (1, 2):
+            write_run(corpora, f"run-{number}", f"{name}={number}" if "clips" in name else f"{name}=shards-{number}")
+        found = read_runs(corpora)
+        assert "are **not comparable" in markdown(corpora, rows_of(found, [name]), swept_settings(found), "any")
     rates = tmp_path / "rates"
     for number, rate in enumerate(("1e-3", "2e-3")):
         write_run(rates, f"lr-{number}", f"optim.lr={rate}")
@@ -173,16 +180,20 @@ def test_reports_of_the_probe_command_take_the_place_of_online_scores(runs, tmp_
         report_of(runs / "seed-0", 0.7, "order"),
         report_of(runs / "seed-1" / "export", 0.8, "order"),
         report_of(runs / "seed-1" / "export" / "model.safetensors", 0.9, "rhythm"),
+        report_of(runs / "seed-0", 0.1, "rhythm"),
+        report_of(runs / "seed-0", 0.0, "vowels"),
     ]
-    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    paths = [tmp_path / f"{number}.json" for number in range(5)]
     for path, report in zip(paths, reports, strict=True):
         path.write_text(json.dumps(report))
     gather(runs, paths, tmp_path / "out")
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "by `msm-dist probe`, protocol linear" in text
+    assert "by `msm-dist probe`, protocol linear (its random weights: those of seed 0)" in text
+    assert "their mean over 2 tasks, of 3 those that all have." in text
     records = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
     by_run = {record["run"]: record for record in records}
-    assert float(by_run["seed-0"]["score"]) == pytest.approx(0.7)
+    assert float(by_run["seed-0"]["score"]) == pytest.approx((0.7 + 0.1) / 2)
+    assert float(by_run["seed-0"]["score_random_weights"]) == pytest.approx((0.6 + 0.0) / 2)
     assert float(by_run["seed-1"]["score"]) == pytest.approx((0.8 + 0.9) / 2)
     assert float(by_run["seed-1"]["score_logmel"]) == pytest.approx((0.6 + 0.7) / 2)
     assert by_run["frames-96"]["score"] == ""
@@ -199,6 +210,52 @@ def test_reports_that_are_none_or_of_other_runs_are_refused_and_nothing_is_writt
         with pytest.raises(kind, match=said):
             gather(runs, [report], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"settings": {"protocol": "linear", "shuffle_labels": True}}, "is of shuffled labels"),
+        ({"settings": {"protocol": "knn"}}, "was made with protocol knn, but .* with linear"),
+        ({"settings": {"protocol": "linear", "labels_per_class": 10}}, "labels_per_class 10, but .* with None"),
+        ({"normalization": "batch"}, "normalization batch, but .* with None"),
+        ({}, r"1\.json: has top1_acc/order of the run seed-0, as has .*0\.json"),
+    ],
+)
+def test_reports_of_unlike_things_are_refused(runs, tmp_path, second, said):
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    report = report_of(runs / "seed-0", 0.5)
+    for path, content in zip(paths, (report, report | second), strict=True):
+        path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=said):
+        gather(runs, paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_without_a_task_in_common_have_no_mean(runs, tmp_path):
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    for path, (run, task) in zip(paths, (("seed-0", "order"), ("seed-1", "rhythm")), strict=True):
+        path.write_text(json.dumps(report_of(runs / run, 0.5, task)))
+    gather(runs, paths, tmp_path / "out")
+    assert "above stands no mean of them" in (tmp_path / "out" / "results.md").read_text()
+    records = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert {record["score"] for record in records} == {""}
+
+
+def test_every_panel_has_a_legend(runs):
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    class Kept(Figure):
+        def savefig(self, *given, **settings):
+            drawn.append(self)
+            super().savefig(*given, **settings)
+
+    found = read_runs(runs)
+    plot(Kept, rows_of(found, swept_settings(found)), swept_settings(found))
+    assert len(drawn[0].axes) == 4
+    assert all(axis.get_legend() is not None for axis in drawn[0].axes)
 
 
 def test_what_can_not_be_compared_is_refused(runs, tmp_path):

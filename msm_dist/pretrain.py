@@ -27,13 +27,14 @@ from msm_dist.data.storage import access_of, is_remote
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
+from msm_dist.engine.divergence import raise_diverged
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, describe_engine, dry_run, fitting_memory, set_lr
 from msm_dist.environment import environment
-from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.errors import CheckpointError, ConfigError, DataError, reporting
 from msm_dist.evaluate.online import OnlineProbe
 from msm_dist.evaluate.weights_card import write_card
 from msm_dist.extension import BuildModel, configured_model
@@ -49,8 +50,6 @@ from msm_dist.profiling import part, profiling
 from msm_dist.summary import announcement, summary
 from msm_dist.validate import Forward, Validation
 from msm_kernels.patch_masking import Masking
-
-CLIP_KEYS_SHOWN = 8
 
 
 @dataclass
@@ -175,22 +174,9 @@ def forward(run: Training, batch: Batch) -> Output:
 
 def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
     """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
-    if not state.was_refused(run.engine):
-        return
-    gathered: list[list[str]] = [[]] * run.world.size
-    mine = [key for batch in batches for key in batch.keys]
-    torch.distributed.all_gather_object(gathered, mine, group=run.world.control)
-    clips = [key for keys in gathered for key in keys]
-    report = run.cfg.run.folder / "diverged.json"
-    content = json.dumps({"step": run.step, "lr": lr, "clips": clips}, indent=1)
-    run.world.on_main(lambda: write_atomically(report, content))
-    error = Diverged(
-        f"step {run.step}, lr {lr:.3e}: the loss or a gradient is not finite; the update was left out. Clips of the "
-        f"step: {', '.join(clips[:CLIP_KEYS_SHOWN])}, ... (all {len(clips)} in {report}). Look at those clips, lower "
-        "the learning rate or set optim.clip_norm; the newest checkpoint is untouched"
-    )
-    error.on_all_ranks = True
-    raise error
+    if state.was_refused(run.engine):
+        keys = [key for batch in batches for key in batch.keys]
+        raise_diverged(run.world, run.cfg.run.folder, run.step, lr, keys)
 
 
 def log_training(

@@ -2,6 +2,7 @@
 
 KILL=step:S      the process dies after the update of step S, before anything of it is recorded
 KILL=pause:S     nobody dies; after the update of step S the process waits until it has heard a signal
+KILL=nan:S       nobody dies; the loss of step S is not a number
 KILL=valid       ... in the first validation, before its second batch
 KILL=test        ... while the test clips are judged, before the second batch
 """
@@ -40,9 +41,16 @@ def on_judging(run, loader, *rest):
     return judge(run, batches(), *rest)
 
 
-stop_if_skipped, judge = finetune.stop_if_skipped, finetune.judge
+def poisoned(run, batch):
+    output = forward(run, batch)
+    return output._replace(loss=output.loss * float("nan")) if run.step + 1 == int(number) else output
+
+
+stop_if_skipped, judge, forward = finetune.stop_if_skipped, finetune.judge, finetune.forward
 if what in ("step", "pause"):
     finetune.stop_if_skipped = on_step
+if what == "nan":
+    finetune.forward = poisoned
 if what in ("valid", "test"):
     finetune.judge = on_judging
 sys.exit(finetune.main(sys.argv[1:]))

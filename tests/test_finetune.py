@@ -47,6 +47,7 @@ ENDS = {
     "valid": (signal.SIGUSR1, 75),
     "test": (signal.SIGTERM, 128 + signal.SIGTERM),
     "step:24": (None, -signal.SIGKILL),
+    "nan:18": (None, 3),
 }
 """How a run is ended where it waits (tests/finetune_worker.py), and its exit code; without a signal it ends itself."""
 
@@ -55,7 +56,7 @@ def pytest_generate_tests(metafunc):
     """The plain run takes some of these, `make test-engine` all of them."""
     is_whole = metafunc.config.option.markexpr == "engine"
     if "kills" in metafunc.fixturenames:
-        kills = [("pause:5", "step:24", "test"), *([("valid", "step:24")] if is_whole else [])]
+        kills = [("pause:5", "step:24", "test"), *([("valid", "nan:18", "step:24")] if is_whole else [])]
         metafunc.parametrize("kills", kills, ids="-".join)
     if "stage" in metafunc.fixturenames:
         metafunc.parametrize(("ranks", "stage"), [(2, 3), *([(2, 2), (1, 0)] if is_whole else [])])
@@ -168,6 +169,10 @@ def test_run_that_is_stopped_and_killed_equals_one_never_disturbed(runs, kills):
         assert codes == [code], output
         assert ("the same command continues" in output) == bool(number)
         assert not (runs.folder / name / "results.json").exists()
+        if code == 3:
+            diverged = json.loads((runs.folder / name / "diverged.json").read_text())
+            assert (diverged["step"], len(diverged["clips"])) == (18, 12)
+            assert all(clip.startswith("train") for clip in diverged["clips"])
     codes, output = runs.run(name)
     assert codes == [0], output
     assert "continued from" in output

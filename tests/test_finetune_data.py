@@ -97,6 +97,8 @@ def test_labels_are_those_of_the_clips(labelled):
 def test_a_mixture_has_the_shares_of_both_labels_and_waveforms(labelled):
     plain, mixed = (rows_of(batches(labelled, augment)) for augment in (PLAIN, Augment(mixup=1, mixup_alpha=0.5)))
     assert not torch.equal(plain.waveforms, mixed.waveforms)
+    assert [key.partition(" + ")[0] for key in mixed.keys] == list(plain.keys)
+    assert all(key.endswith(".wav") and " + train" in key for key in mixed.keys)
     assert mixed.targets.sum(1).tolist() == pytest.approx([1] * len(mixed.targets))
     shares = mixed.targets.gather(1, plain.targets.argmax(1, keepdim=True))[:, 0]
     assert ((shares > 0) & (shares < 1)).any()

@@ -28,13 +28,14 @@ from msm_dist.config import BatchLayout
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
+from msm_dist.engine.divergence import raise_diverged
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
 from msm_dist.engine.zero import build_engine, describe_engine, fitting_memory, rehearse, set_lr
 from msm_dist.environment import environment
-from msm_dist.errors import CheckpointError, ConfigError, DataError, Diverged, reporting
+from msm_dist.errors import CheckpointError, ConfigError, DataError, reporting
 from msm_dist.evaluate import classifier
 from msm_dist.evaluate.augment import Order, clip_weights, mask_spectrogram, num_kept
 from msm_dist.evaluate.classifier import Head, clip_spectrogram, layer_groups
@@ -66,8 +67,6 @@ from msm_dist.feed import Feed
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.profiling import part
-
-CLIP_KEYS_SHOWN = 8
 
 
 @dataclass
@@ -202,16 +201,9 @@ def forward(run: Finetuning, batch: LabelledBatch) -> classifier.Output:
 
 def stop_if_skipped(run: Finetuning, lr: float, batches: Sequence[LabelledBatch]) -> None:
     """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
-    if not state.was_refused(run.engine):
-        return
-    keys = [key for keys in run.world.gather([key for batch in batches for key in batch.keys]) for key in keys]
-    error = Diverged(
-        f"step {run.step}, lr {lr:.3e}: the loss or a gradient is not finite; the update was left out. Clips of the "
-        f"step: {', '.join(keys[:CLIP_KEYS_SHOWN])}, ... ({len(keys)} in all). Look at those clips, lower the learning "
-        "rate or set optim.clip_norm; the newest checkpoint is untouched"
-    )
-    error.on_all_ranks = True
-    raise error
+    if state.was_refused(run.engine):
+        keys = [key for batch in batches for key in batch.keys]
+        raise_diverged(run.world, run.cfg.run.folder, run.step, lr, keys)
 
 
 def log_training(run: Finetuning, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:

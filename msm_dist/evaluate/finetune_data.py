@@ -70,6 +70,7 @@ class LabelledBatch:
     ids_keep: Tensor | None
     """int64 [B, K]: patches that the encoder sees; None: all."""
     keys: tuple[str, ...] = ()
+    """Names of training clips, of both parts of a mixture."""
 
     def pin_memory(self) -> "LabelledBatch":
         """The same where a GPU can fetch it while it computes; called by DataLoader."""
@@ -151,7 +152,7 @@ class TrainingClips(IterableDataset):
 
     def _batch(self, positions: np.ndarray) -> LabelledBatch:
         draws = self._order.draws(positions).tolist()
-        pairs = [self._mixed(*draw) for draw in draws]
+        mixed = [self._mixed(*draw) for draw in draws]
         seed, bands, frames = self._order.seed, *self._cut.spectrogram
         masks = [
             drawing.draw_masks(drawing.generator(seed, drawing.MASK, epoch, place), self._augment, bands, frames)
@@ -164,25 +165,26 @@ class TrainingClips(IterableDataset):
             kept = [drawing.draw_kept(random, self._augment, grid) for random in randoms]
             ids_keep = torch.from_numpy(np.stack(kept))
         return LabelledBatch(
-            torch.from_numpy(np.stack([to_int16(waveform) for waveform, _ in pairs])),
-            torch.from_numpy(np.stack([target for _, target in pairs])),
+            torch.from_numpy(np.stack([to_int16(waveform) for waveform, *_ in mixed])),
+            torch.from_numpy(np.stack([target for _, target, _ in mixed])),
             torch.from_numpy(positions),
             torch.tensor(masks),
             ids_keep,
-            tuple(self._clips[clip].key for *_, clip in draws),
+            tuple(key for *_, key in mixed),
         )
 
-    def _mixed(self, epoch: int, place: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Waveform float32 [S] and target [C] of a draw."""
+    def _mixed(self, epoch: int, place: int, number: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """Waveform float32 [S] and target [C] of a draw, and what it is called."""
         cuts = drawing.generator(self._order.seed, drawing.CUT, epoch, place)
-        waveform, target = self._crop(cuts, number)
+        (waveform, target), key = self._crop(cuts, number), self._clips[number].key
         random = drawing.generator(self._order.seed, drawing.MIX, epoch, place)
         if mix := drawing.draw_mix(random, self._augment, len(self._clips)):
             other, others_target = self._crop(cuts, mix.other)
             share = np.float32(mix.weight)
             waveform = share * waveform + (1 - share) * other
             target = share * target + (1 - share) * others_target
-        return waveform, target
+            key = f"{key} + {self._clips[mix.other].key}"
+        return waveform, target, key
 
     def _crop(self, random: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
         clip, length = self._clips[number], self._cut.num_samples

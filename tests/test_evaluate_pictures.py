@@ -445,6 +445,9 @@ def test_map_of_shards_takes_each_labelled_clip_once(folder, tmp_path):
     assert sorted(recording.label for recording in recordings) == ["a", "a", "b", "b"]
     said = embedding_map.draw_map(folder, str(shards), tmp_path / "map.png")
     assert "4 recordings, 2 labels" in said
+    write_shard(tmp_path / "bare", [None, []])
+    with pytest.raises(DataError, match="none of its 2 clips has labels"):
+        embedding_map.find_recordings(str(tmp_path / "bare"), RATE)
 
 
 def test_what_is_no_data_is_told_what_a_map_takes(sound, tmp_path):

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from msm_dist.data.clips import find_audio
-from msm_dist.data.index import INDEX_NAME
+from msm_dist.data.contents import stored_clips
+from msm_dist.data.index import INDEX_NAME, load_index
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.hear_folder import METADATA_NAME
 from msm_dist.evaluate.pictures import check_matplotlib, new_figure, write_png
 from msm_dist.evaluate.recordings import read_audio
-from msm_dist.evaluate.tasks import clip_waveform, read_shards, read_task
+from msm_dist.evaluate.tasks import TaskClip, clip_waveform, read_task
 from msm_dist.files import write_atomically
 
 if TYPE_CHECKING:
@@ -93,19 +94,15 @@ def find_recordings(data: str, sample_rate: int, audio: Path | None = None) -> l
             )
         return [Recording(str(f), f.parts[0], partial(_read, folder / f, sample_rate)) for f in files]
     if (folder / INDEX_NAME).is_file():
-        # A task has clips to be judged on; a map has no splits, so the same shards are both, and count once.
-        task = read_shards(folder, folder)
-        clips = [clip for clip in task.clips if clip.split == "test"]
-    else:
-        task = read_task(data, audio, sample_rate)
-        clips = list(task.clips)
+        return _in_shards(folder, sample_rate)
+    task = read_task(data, audio, sample_rate)
     return [
         Recording(
             clip.key or str(clip.path),
             " + ".join(task.labels[number] for number in clip.labels) or NO_LABEL,
             partial(clip_waveform, clip, sample_rate),
         )
-        for clip in clips
+        for clip in task.clips
     ]
 
 
@@ -165,6 +162,29 @@ def draw(points: np.ndarray, labels: Sequence[str], shares: np.ndarray, title: s
     axes.set_ylabel(f"second component, {shares[1]:.1%} of the variance")
     figure.legend(loc="outside right upper", ncols=columns, fontsize=7)
     return figure
+
+
+def _in_shards(folder: Path, sample_rate: int) -> list[Recording]:
+    """The clips of indexed shards that have labels in their json. Raises DataError where none has."""
+    index = load_index(str(folder))
+    if index.kind != "audio":
+        raise DataError(f"{folder}: holds stored log-mels; a map needs shards of audio")
+    found = []
+    for shard in index.shards:
+        for stored in stored_clips(shard):
+            labels = stored.description.get("labels")
+            if isinstance(labels, list) and labels:
+                member = int(stored.row["offset"]), int(stored.row["size"])
+                clip = TaskClip(shard.path, (), "", stored.key, member)
+                found.append(
+                    Recording(stored.key, " + ".join(map(str, labels)), partial(clip_waveform, clip, sample_rate))
+                )
+    if not found:
+        raise DataError(
+            f"{folder}: none of its {index.num_clips:,} clips has labels in its json; pack them with a table of labels "
+            "(msm-dist data pack --csv)"
+        )
+    return found
 
 
 def _read(path: Path, sample_rate: int) -> np.ndarray:

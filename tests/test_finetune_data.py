@@ -21,6 +21,7 @@ from msm_dist.evaluate.finetune_data import (
     spread,
 )
 from tests.labelled import RATE, write_sounds
+from tests.test_tasks import write_shard
 
 LENGTH = 9600
 CUT = Cut(RATE, LENGTH, 3, (80, 64), (5, 4))
@@ -189,6 +190,16 @@ def test_task_that_has_nothing_to_learn_is_refused(tmp_path, column, label, mess
     path.write_text("\n".join([f"file,{column},split", *lines]) + "\n")
     with pytest.raises(DataError, match=message):
         open_task(FinetuneData(task=str(path), seconds=0.5), RATE)
+
+
+def test_remedies_are_settings_of_fine_tuning(tmp_path):
+    shards = write_shard(tmp_path / "shards", [["dog"]])
+    with pytest.raises(DataError, match=r"data\.test=SHARDS"):
+        open_task(FinetuneData(task=str(shards)), RATE)
+    path = write_sounds(tmp_path / "sounds").rename(tmp_path / "sounds.csv")
+    with pytest.raises(DataError, match=r"72 of 72 audio files are not there; .*data\.audio=FOLDER"):
+        open_task(FinetuneData(task=str(path)), RATE)
+    assert len(open_task(FinetuneData(task=str(path), audio=str(tmp_path / "sounds")), RATE).task.clips) == 72
 
 
 def test_clip_that_can_not_be_read_is_a_fault_that_names_it(tmp_path):

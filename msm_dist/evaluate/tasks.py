@@ -102,10 +102,13 @@ def read_task(path: str | Path, audio: Path | None = None, sample_rate: int = 16
         rows, kind, multilabel = _csv_rows(path)
         return _from_rows(path.stem, rows, kind, audio or path.parent, multilabel)
     if (path / INDEX_NAME).is_file():
-        raise DataError(f"{path}: shards of training clips need shards to be judged on: add --test SHARDS")
+        raise DataError(
+            f"{path}: shards of training clips need shards to be judged on: add --test SHARDS (to finetune, "
+            "data.test=SHARDS)"
+        )
     raise DataError(
         f"{path}: is no task: must be a HEAR task folder (with {METADATA_NAME}), a .csv of file,label,split, a folder "
-        f"of shards with --test, or RECIPE:FOLDER with one of {', '.join(RECIPES)}"
+        f"of shards beside those to be judged on, or RECIPE:FOLDER with one of {', '.join(RECIPES)}"
     )
 
 
@@ -217,7 +220,9 @@ def _from_rows(name: str, rows: Sequence[Row], kind: str, root: Path, multilabel
         clips.append(
             TaskClip(root / row.file, tuple(sorted(place[label] for label in row.labels)), row.split, row.file)
         )
-    _check_files(clips, f"{root}: {name}", "give the folder of the audio with --audio")
+    _check_files(
+        clips, f"{root}: {name}", "give the folder of the audio with --audio FOLDER (finetune: data.audio=FOLDER)"
+    )
     splits = sorted({row.split for row in rows}, key=_natural)
     folds = _rotations(splits) if kind == "fold" else _one_fold(splits, name)
     return Task(name, tuple(labels), multilabel, tuple(clips), folds, _usual_scores(multilabel))

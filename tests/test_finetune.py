@@ -127,6 +127,8 @@ def test_run_leaves_what_pre_training_leaves(runs):
         *("tensorboard", "checkpoints", "export"),
     }
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000020", "step-00000030"]
+    card = (folder / "export" / "README.md").read_text()
+    assert f"| test: top-1 accuracy at step {STEPS} | {runs.results('undisturbed')['test_top1_acc']:.4f} |" in card
     lines = runs.metrics("undisturbed")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "valid_loss" in line] == [15, 30]

@@ -35,6 +35,7 @@ def write_tuned(folder, before=PUBLISHED, **head):
     """A finished fine-tuned run."""
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(read_config("w", "birds.csv", ["train.steps=10", "run.name=ft"])))
+    (folder / "results.json").write_text('{"step": 10, "test_mAP": 0.5, "task": "birds"}')
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.25}\n')
     head = replace(HEAD, **head)
     decoder = {name: value for name, value in new_model().state_dict().items() if name.startswith("decoder.")}
@@ -62,6 +63,7 @@ def test_export_of_a_finetuned_run_takes_its_head_along(tmp_path, path):
     assert "descend from p.pth: the licence of the published checkpoint holds" in card
     assert "not trained with this encoder" in card
     assert ("training loss at step 10 | 0.2500" in card) == (path == "ft")
+    assert ("test: mAP at step 10 | 0.5000" in card) == (path == "ft")
     assert "crops" not in card
 
 

@@ -209,6 +209,9 @@ FIGURES = {
     "reference_mel_mean": "reference: mean per mel band",
     "reference_visible_mean": "reference: visible mean per band",
     "reference_nearest_patch": "reference: nearest visible patch",
+    "test_top1_acc": "test: top-1 accuracy",
+    "test_mAP": "test: mAP",
+    "test_aucroc": "test: area under the ROC",
 }
 
 

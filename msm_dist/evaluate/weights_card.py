@@ -6,9 +6,11 @@ Fails with CheckpointError where it can't be written.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def write_card(folder: Path, state: Mapping[str, Tensor], info: WeightsInfo, run
     if run is not None:
         cfg = _settings(run / "config.yaml")
         try:
-            records = read_metrics(run / "metrics.jsonl")
+            records = [*read_metrics(run / "metrics.jsonl"), *_results(run / "results.json")]
         except DataError:
             records = []  # a run without figures, or with damaged ones, is no reason to keep its weights back
     try:
@@ -58,6 +60,15 @@ def is_own_card(path: Path) -> bool:
         return False
     seal = SEAL.search(text)
     return seal is not None and _digest(text[: seal.start()]) == seal[1]
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    """What a fine-tuned run reached on its test clips; nothing where there is no such file, or a damaged one."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return [{"step": int(results["step"])} | {name: v for name, v in results.items() if isinstance(v, float)}]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _sealed(text: str) -> str:

@@ -216,3 +216,15 @@ def test_a_part_of_the_clips_is_spread_over_all_of_them():
     assert spread(numbers, 4).tolist() == [100, 125, 150, 175]
     assert spread(numbers, 500).tolist() == numbers.tolist()
     assert len(set(spread(numbers, 33).tolist())) == 33
+
+
+def test_only_waveforms_leave_a_loader_process_by_shared_memory(labelled):
+    batch = next(iter(batches(labelled, ALL)))
+    make, parts = batch.__reduce__()
+    assert [torch.is_tensor(part) for part in parts] == [True, *[False] * 5]
+    again = make(*parts)
+    assert again.keys == batch.keys
+    for name in ("waveforms", "targets", "places", "masks", "ids_keep"):
+        mine, theirs = getattr(batch, name), getattr(again, name)
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)

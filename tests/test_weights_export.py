@@ -19,7 +19,7 @@ from msm_dist.evaluate.weights_export import export
 from msm_dist.evaluate.weights_import import import_published
 from msm_dist.evaluate.weights_inspect import inspect
 from msm_dist.model.mae import MaskedSpectrogramModel
-from msm_dist.model.origin import LONGEST_CHAIN, chain, published_ancestor, told
+from msm_dist.model.origin import LONGEST_CHAIN, chain, is_trained, published_ancestor, told
 from msm_dist.model.published import read_file
 from msm_dist.model.weights import WeightsInfo, load, save
 from tests.labelled import INFO, RATE, new_model
@@ -229,6 +229,22 @@ def test_weights_that_started_from_others_say_from_which(run, tmp_path, path):  
     assert "1. run mine, step 6\n2. file p.pth\n" in card
     assert "descend from p.pth: the licence of the published checkpoint holds" in card
     assert "made from file p.pth" in inspect(tmp_path / "out")
+
+
+def test_file_in_half_precision_comes_back_as_float32_of_the_same_values(tmp_path):
+    state = {name: value.half() for name, value in published(tmp_path / "p.pth", RERUN).items()}
+    torch.save({"model": state}, tmp_path / "half.pth")
+    import_published(tmp_path / "half.pth", tmp_path / "out")
+    export(tmp_path / "out", published=tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert {value.dtype for value in back.values()} == {torch.float32}
+    for name in state:  # the tables are computed, not read
+        assert torch.equal(back[name], state[name].float()) or name.endswith("pos_embed"), name
+
+
+def test_decoder_of_a_finetuned_run_counts_as_untrained_though_its_export_does_not_say_so():
+    assert is_trained({"run": "r"}, "decoder") and not is_trained({"untrained": ["decoder"]}, "decoder")
+    assert not is_trained({"run": "r", "task": "t", "finetuned_from": {}}, "decoder")
 
 
 def test_chain_of_origins_ends_whatever_it_holds():

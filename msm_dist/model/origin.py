@@ -51,6 +51,8 @@ def published_ancestor(origin: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def is_trained(origin: Mapping[str, Any], part: str) -> bool:
     """Whether a part of the model, such as the decoder, has trained values that fit the others."""
+    if part == "decoder" and "finetuned_from" in origin:
+        return False  # also where older exports don't say so
     untrained = origin.get("untrained")
     return not (isinstance(untrained, list) and part in untrained)
 

@@ -2,16 +2,27 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 
 from msm_dist.errors import DataError
+from msm_dist.evaluate import finetune
 from msm_dist.evaluate.finetune_config import FinetuneData, read_config
 from msm_dist.evaluate.finetune_data import open_task
-from msm_dist.evaluate.finetune_judging import Stopping, allowed_scores, check_clips, finite, scores_of
+from msm_dist.evaluate.finetune_judging import (
+    Stopping,
+    allowed_scores,
+    check_clips,
+    finite,
+    next_batch,
+    scores_of,
+)
 from msm_dist.evaluate.finetune_report import results_of
 from msm_dist.evaluate.finetune_start import read_start
+from msm_dist.feed import GivenUp
 from tests.labelled import RATE, write_sounds, write_weights
 
 
@@ -42,7 +53,7 @@ class Interruption:
         return self.reason if self.after < 0 else 0
 
     def agreed(self):
-        return self.reason if self.after < 0 else 0
+        return self.reason if self.after <= 0 else 0
 
 
 @pytest.fixture
@@ -71,8 +82,10 @@ def test_all_clips_that_can_not_be_read_are_named_at_once(path, num_workers):
     labelled = opened(path)
     (path.parent / "train3.wav").write_bytes(b"no audio")
     for name in ("valid2.wav", "test23.wav"):
-        # The header says what it said.
-        (path.parent / name).write_bytes((path.parent / name).read_bytes()[:50])
+        # Only decoding finds it: the header, which says what the content is, is sound.
+        soundfile.write(path.parent / name, soundfile.read(path.parent / name)[0], RATE, format="FLAC")
+        content = (path.parent / name).read_bytes()
+        (path.parent / name).write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
     (path.parent / "test5.wav").unlink()
     valid, test = parts(labelled)
     with pytest.raises(DataError, match=r"sounds: 4 of 72 clips can't be read") as error:
@@ -141,3 +154,44 @@ def test_infinite_score_is_null_in_the_results(path, tmp_path):
     found = json.loads(json.dumps(results, allow_nan=False))
     assert (found["test_d_prime"], found["test_top1_acc"]) == (None, 1)
     assert found["splits"] == {"train": ["train"], "valid": ["valid"], "test": ["test"]}
+
+
+def test_batch_is_not_judged_once_the_run_is_to_stop():
+    assert next_batch(iter(["batch"]), Alone(), Interruption()) == "batch"
+    with pytest.raises(Stopping):
+        next_batch(iter(["batch"]), Alone(), Interruption(1))
+
+
+def test_late_batch_that_is_given_up_is_a_stop():
+    def late():
+        raise GivenUp
+        yield
+
+    with pytest.raises(Stopping):
+        next_batch(late(), Alone(), Interruption(1))
+
+
+@pytest.mark.parametrize("fault", [DataError("a clip is damaged by now"), Stopping(2)])
+def test_validation_that_is_cut_short_is_left_saved(monkeypatch, fault):
+    def judge(*arguments):
+        raise fault
+
+    saved = []
+    monkeypatch.setattr(finetune, "judge", judge)
+    monkeypatch.setattr(finetune, "save", lambda run, complete: saved.append(complete))
+    with pytest.raises(type(fault)):
+        finetune.validate(SimpleNamespace(valid=object(), num_valid=3, scores=SimpleNamespace(valid=())))
+    assert saved == [True]
+
+
+@pytest.mark.parametrize(("step", "is_due"), [(0, False), (5, True), (10, False), (12, False), (13, True)])
+def test_validation_that_was_due_and_is_not_recorded_is_made_up_for(monkeypatch, tmp_path, step, is_due):
+    done = []
+    monkeypatch.setattr(finetune, "validate", done.append)
+    lines = [{"step": 5, "loss": 1.0}, {"step": 10, "loss": 1.0}, {"step": 10, "valid_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cfg = SimpleNamespace(train=SimpleNamespace(valid_every=5), run=SimpleNamespace(folder=tmp_path))
+    world = SimpleNamespace(on_main=lambda action: action())
+    run = SimpleNamespace(valid=object(), step=step, total_steps=13, cfg=cfg, world=world)
+    finetune.validate_if_cut_short(run)
+    assert done == ([run] if is_due else [])

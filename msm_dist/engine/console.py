@@ -69,4 +69,3 @@ def outliving_readers(gone: Callable[[], None]) -> Iterator[None]:
     finally:
         out.forget()
         err.forget()
-

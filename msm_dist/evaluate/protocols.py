@@ -31,6 +31,8 @@ LINEAR_RATES = (3e-5, 3e-4)
 NARROW_RATES = (*LINEAR_RATES, 3e-3)
 """For the log-mel's statistics, 320 numbers: a narrow layer is slow to train, and they may not lose by that alone."""
 LINEAR_BATCH, LINEAR_EPOCHS, LINEAR_PATIENCE = 200, 200, 20
+LINEAR_LEAST_STEPS = 8
+"""Of an epoch: with ten clips of each class it would be one step, and a run of 20 without luck the end."""
 
 HEAR_BATCH, HEAR_EPOCHS, HEAR_VALID_EVERY, HEAR_PATIENCE = 1024, 500, 3, 20
 HEAR_WIDTH, HEAR_DROPOUT = 1024, 0.1
@@ -109,9 +111,10 @@ def fit(
 def linear(problem: Problem, seed: int, rates: tuple[float, ...] = LINEAR_RATES) -> Fitted:
     """One linear layer on standardised vectors, at the learning rate that does best on the validation clips.
 
-    Up to 200 epochs of batches of 200, stopped after 20 without a better validation score, or at an equal one a lower
-    validation loss; the best epoch is kept.
+    Up to 200 epochs of batches of 200, or of an eighth of the training clips where these are fewer than 1,600, stopped
+    after 20 without a better validation score, or at an equal one a lower validation loss; the best epoch is kept.
     """
+    batch = min(LINEAR_BATCH, max(1, len(problem.parts.train) // LINEAR_LEAST_STEPS))
     rows = _Rows(problem, _standard(problem))
 
     def start(rng: torch.Generator) -> nn.Module:
@@ -121,7 +124,7 @@ def linear(problem: Problem, seed: int, rates: tuple[float, ...] = LINEAR_RATES)
             nn.init.uniform_(parameter.data, -bound, bound, generator=rng)
         return layer
 
-    recipe = _Recipe(LINEAR_BATCH, LINEAR_EPOCHS, LINEAR_PATIENCE, valid_every=1, shuffled=True, settles_ties=True)
+    recipe = _Recipe(batch, LINEAR_EPOCHS, LINEAR_PATIENCE, valid_every=1, shuffled=True, settles_ties=True)
     return _best(problem, (({"lr": rate}, _descend(rows, start, rate, recipe, seed)) for rate in rates))
 
 

@@ -178,6 +178,29 @@ def test_tagger_takes_other_rates_and_lengths(tmp_path):
     assert torch.allclose(tagger.predict(tone, 48000), expected, atol=0.05)
 
 
+def test_tagger_takes_numpy_as_the_encoder_does(tmp_path):
+    tagger = Tagger.load(saved(tmp_path)[0])
+    waveform = 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))
+    expected = tagger.predict(waveform, RATE)
+    assert torch.equal(tagger.predict(waveform.numpy(), RATE), expected)
+    assert torch.equal(tagger.predict(waveform.double().numpy(), np.float64(RATE)), expected)
+    backwards = np.ascontiguousarray(waveform.numpy()[:, ::-1])[:, ::-1]
+    assert torch.equal(tagger.predict(backwards, RATE), expected)
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate", "message"),
+    [
+        (np.zeros(9), RATE, r"\[clips, samples\]"),
+        (np.full((1, 9), math.nan), RATE, "NaN"),
+        (np.zeros((1, 9)), 0, "rate"),
+    ],
+)
+def test_what_is_no_audio_is_an_error_to_the_tagger(tmp_path, waveform, rate, message):
+    with pytest.raises(DataError, match=message):
+        Tagger.load(saved(tmp_path)[0]).predict(waveform, rate)
+
+
 def test_encoder_is_not_read_with_another_table_than_it_was_tuned_with(tmp_path):
     head = replace(HEAD, positions="interpolated", num_samples=32000)
     folder, made = saved(tmp_path / "export", head)

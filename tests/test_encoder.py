@@ -122,6 +122,23 @@ def test_other_sample_rates_are_resampled(encoder):
     assert torch.nn.functional.cosine_similarity(encoder.embed(tone(48000), 48000), expected) > 0.999
 
 
+@pytest.mark.parametrize("rate", [44100.0, np.float64(44100), np.int64(44100), torch.tensor(44100)])
+def test_a_rate_is_a_whole_number_of_any_type(encoder, rate):
+    waveform = noise(1, 44100)
+    expected = encoder.encode(waveform, 44100)
+    assert torch.equal(encoder.encode(waveform, rate), expected)
+    assert torch.equal(torch.cat(list(encoder.stream([waveform[0]], rate))), expected[0])
+    assert encoder.num_steps(44100, rate) == expected.shape[1]
+    assert encoder.for_dataset(waveform, rate).statistics == encoder.for_dataset(waveform, 44100).statistics
+
+
+@pytest.mark.parametrize("rate", [44100.5, math.nan, "44100", None])
+def test_what_is_no_rate_is_an_error(encoder, rate):
+    for call in (encoder.encode, encoder.embed, encoder.for_dataset, lambda x, rate: list(encoder.stream(x, rate))):
+        with pytest.raises(DataError, match="sample_rate = .* whole number of Hz"):
+            call(noise(1, 16000), rate)
+
+
 def test_an_encoder_goes_to_another_device_and_stays_behind(encoder):
     mine = encoder.with_statistics((-5.0, 2.0))
     there = mine.to("meta")

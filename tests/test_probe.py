@@ -418,6 +418,19 @@ def test_wrong_use_is_one_message(tmp_path, run, arguments, says):
     assert says in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "foo"}, "protocol = 'foo': must be one of linear, hear, knn"),
+        ({"seeds": 0}, "seeds = 0: must be"),
+        ({"labels_per_class": 2.5}, "labels_per_class = 2.5: must be"),
+    ],
+)
+def test_settings_that_can_not_be_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**settings)
+
+
 def test_scores_that_do_not_fit_a_probe_are_named_before_any_work(tmp_path, run, monkeypatch):
     folder = write_tones(tmp_path / "task", 1, 1, 1)
     metadata = json.loads((folder / "task_metadata.json").read_text())

@@ -1,5 +1,7 @@
 """Recordings as waveforms: every format, what their rates and channels become, and files that can't be read."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,21 @@ def test_a_file_that_can_not_be_read_is_named_with_its_reason(tmp_path, name):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="absent.wav.*No such file"):
         read_audio(tmp_path / "absent.wav")
+
+
+@pytest.mark.parametrize("rate", [8000.0, np.float64(8000), np.float32(8000), np.int32(8000)])
+def test_a_rate_is_a_whole_number_of_any_type(tmp_path, rate):
+    (tmp_path / "x.wav").write_bytes(encode(noise(RATE), "wav"))
+    waveform, found = read_audio(tmp_path / "x.wav", rate)
+    assert (len(waveform), found, type(found)) == (8000, 8000, int)
+
+
+@pytest.mark.parametrize("rate", [8000.5, math.nan, math.inf, "8000", 0, -8000, True, [8000]])
+def test_what_is_no_rate_is_named(tmp_path, rate):
+    (tmp_path / "x.wav").write_bytes(encode(noise(RATE), "wav"))
+    for read in (read_audio, lambda path, rate: next(read_blocks(path, rate))):
+        with pytest.raises(DataError, match="sample_rate = .* whole number of Hz"):
+            read(tmp_path / "x.wav", rate)
 
 
 def test_the_content_decides_not_the_name(tmp_path):

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msm_dist.data.audio import MAX_RATE, MIN_RATE
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.normalization import Normalization, Statistics
+from msm_dist.evaluate.recordings import checked_rate
 from msm_dist.model.weights import WeightsInfo
 
 Layer = int | Literal["all"] | None
 
 
-def checked_batch(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
-    """Clips [B, S], which must be finite where they are not padding (`checked_finite`)."""
+def checked_batch(waveform: Tensor | np.ndarray, sample_rate: int) -> tuple[Tensor, int]:
+    """Clips [B, S], which must be finite where they are not padding (`checked_finite`), and their rate."""
     waveform = _tensor(waveform, "waveform")
     if waveform.ndim != 2 or not waveform.is_floating_point():
         raise DataError(
@@ -30,13 +30,11 @@ def checked_batch(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         )
     if not waveform.numel():
         raise DataError(f"waveform is {list(waveform.shape)}: must hold at least one clip and one sample")
-    _check_rate(sample_rate)
-    return waveform
+    return waveform, checked_rate(sample_rate)
 
 
-def checked_clip(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
+def checked_clip(waveform: Tensor | np.ndarray) -> Tensor:
     """A clip or block [S]."""
-    _check_rate(sample_rate)
     waveform = _tensor(waveform, "waveform")
     if waveform.ndim != 1 or not waveform.is_floating_point():
         raise DataError(
@@ -108,13 +106,6 @@ def checked_mean_and_std(statistics: Sequence[float]) -> Statistics:
             "second above 0; Encoder.for_dataset measures them"
         )
     return Statistics(mean, std)
-
-
-def _check_rate(sample_rate: int) -> None:
-    if not MIN_RATE <= sample_rate <= MAX_RATE:
-        raise DataError(
-            f"sample_rate = {sample_rate}: must be the rate of the waveform in Hz, {MIN_RATE} to {MAX_RATE}"
-        )
 
 
 def _tensor(values: Any, name: str) -> Tensor:

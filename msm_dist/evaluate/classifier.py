@@ -28,7 +28,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from msm_dist.config import Features, Model
 from msm_dist.data.audio import resample
-from msm_dist.errors import CheckpointError, ConfigError, DataError
+from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.evaluate.checks import checked_batch, checked_finite
 from msm_dist.features import LogMel, normalize
 from msm_dist.files import write_atomically
 from msm_dist.model import weights
@@ -230,13 +231,12 @@ class Tagger:
         return cls(model, info.features, head, device)
 
     @torch.no_grad()
-    def predict(self, waveform: Tensor, sample_rate: int) -> Tensor:
+    def predict(self, waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         """Probabilities float32 [B, C], in the order of `labels`, of floating [B, S] in [-1, 1]. Raises DataError."""
-        if waveform.ndim != 2 or not waveform.is_floating_point() or not waveform.numel():
-            raise DataError(
-                f"waveform is {waveform.dtype} {list(waveform.shape)}: must be floating point [clips, samples]"
-            )
-        clips = [resample(clip, sample_rate, self.sample_rate) for clip in waveform.float().cpu().numpy()]
+        waveform, sample_rate = checked_batch(waveform, sample_rate)
+        clips = [
+            resample(clip, sample_rate, self.sample_rate) for clip in checked_finite(waveform).float().cpu().numpy()
+        ]
         batch = torch.from_numpy(np.stack([fit_length(clip, self.num_samples) for clip in clips])).to(self.device)
         logits = self._model.logits(clip_spectrogram(self._front_end, batch, self._model.grid))
         return probabilities(logits, self.multilabel)

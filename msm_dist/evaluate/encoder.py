@@ -42,6 +42,7 @@ from msm_dist.evaluate.checks import (
 )
 from msm_dist.evaluate.chunks import Chunk, Clip, Sound, chunks_of, whole_frames, window_begin
 from msm_dist.evaluate.normalization import Normalization, Statistics, measured
+from msm_dist.evaluate.recordings import checked_rate
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.weights import WeightsInfo, load
@@ -107,7 +108,8 @@ class Encoder:
 
         The log-mel of the clips themselves counts, no padding, as in training. Raises DataError where all is silence.
         """
-        sounds = (self._at_own_rate(checked_clip(clip, sample_rate), sample_rate).numpy(force=True) for clip in clips)
+        rate = checked_rate(sample_rate)
+        sounds = (self._at_own_rate(checked_clip(clip), rate).numpy(force=True) for clip in clips)
         return self.with_statistics(measured(sounds, self.features).checked())
 
     def with_statistics(self, statistics: Statistics, normalization: Normalization = "dataset") -> "Encoder":
@@ -175,10 +177,11 @@ class Encoder:
         holds no more than these. Raises DataError, ConfigError.
         """
         check_layer(layer, self.depth)
+        sample_rate = checked_rate(sample_rate)
         if self.statistics is None:
             raise ConfigError("normalization = batch: a stream has no batch; use checkpoint, or dataset")
         longest, ahead = self._grid.frames, self.features.crop_samples(self._grid.frames)
-        own = (checked_clip(block, sample_rate).cpu().float().numpy() for block in blocks)
+        own = (checked_clip(block).cpu().float().numpy() for block in blocks)
         held, first, length, frame = [], 0, 0, 0
         for block in resample_blocks(own, sample_rate, self.features.sample_rate):
             held.append(torch.tensor(block))  # a copy: the caller may fill the same buffer again
@@ -199,7 +202,7 @@ class Encoder:
 
     def num_steps(self, num_samples: int | Tensor, sample_rate: int) -> int | Tensor:
         """T of a clip of so many samples at `sample_rate` Hz, or of several, int64 [B]."""
-        own = num_target_samples(num_samples, sample_rate, self.features.sample_rate)
+        own = num_target_samples(num_samples, checked_rate(sample_rate), self.features.sample_rate)
         return whole_frames(own, self.features, self._grid.patch[1]) // self._grid.patch[1]
 
     def padding_mask(self, lengths: Tensor, sample_rate: int) -> Tensor:
@@ -244,13 +247,13 @@ class Encoder:
 
     def sound(self, waveform: Samples) -> Sound:
         """A clip for `encode_clips`: floating [S] at the encoder's own rate, `features.sample_rate`."""
-        return self._sound(checked_clip(waveform, self.features.sample_rate).float())
+        return self._sound(checked_clip(waveform).float())
 
     def _sound(self, samples: Tensor, length: int | None = None, first: int = 0) -> Sound:
         return Sound(samples, length or len(samples), self.features, self._grid.patch[1], first)
 
     def _clips(self, waveform: Samples, sample_rate: int, lengths: Samples | None) -> list[Sound]:
-        waveform = checked_batch(waveform, sample_rate)
+        waveform, sample_rate = checked_batch(waveform, sample_rate)
         own = [waveform.shape[1]] * len(waveform) if lengths is None else checked_lengths(lengths, waveform)
         clips = [checked_finite(clip[:length]) for clip, length in zip(waveform, own, strict=True)]
         return [self._sound(self._at_own_rate(clip, sample_rate)) for clip in clips]

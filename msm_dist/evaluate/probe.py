@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def nobody(about: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done with a task's vectors."""
+    """What is done with a task's vectors. Raises ConfigError."""
 
     protocol: Protocol = "linear"
     seeds: int = 3
@@ -66,6 +66,13 @@ class Settings:
     """Training clips of each class; None: all."""
     shuffle_labels: bool = False
     """The negative control: training and validation labels are dealt out anew, so scores must be chance."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            raise ConfigError(f"protocol = {self.protocol!r}: must be one of {', '.join(get_args(Protocol))}")
+        for name, value in (("seeds", self.seeds), ("labels_per_class", self.labels_per_class)):
+            if value is not None and not (type(value) is int and value > 0):
+                raise ConfigError(f"{name} = {value!r}: must be a whole number from 1 on")
 
 
 def probe(

@@ -5,13 +5,15 @@ the content decides, never the name. Out: mono float32 in -1..1, whole or in blo
 the file and what is wrong with it.
 """
 
+import operator
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from msm_dist.data import media
-from msm_dist.data.audio import FULL_SCALE, BadClip, resample_blocks
+from msm_dist.data.audio import FULL_SCALE, MAX_RATE, MIN_RATE, BadClip, resample_blocks
 from msm_dist.errors import DataError
 
 
@@ -21,6 +23,7 @@ def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.nda
     Resampled as in training. Channels are averaged. What is louder than full scale is scaled down as a whole, as in
     packing. Raises DataError.
     """
+    sample_rate = None if sample_rate is None else checked_rate(sample_rate)
     try:
         with open(path, "rb") as file:
             return read_encoded(media.whole_if_small(file), sample_rate)
@@ -34,6 +37,7 @@ def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
     Memory holds a minute or so. The file is decoded twice, at first for its peak: a damaged one gives no block at all.
     Of a video the blocks are cut out one by one and may meet a millisecond off. Raises DataError.
     """
+    sample_rate = checked_rate(sample_rate)
     try:
         with open(path, "rb") as file:
             yield from encoded_blocks(media.whole_if_small(file), sample_rate)
@@ -60,6 +64,19 @@ def encoded_blocks(encoded: media.Encoded, sample_rate: int) -> Iterator[np.ndar
     gain = _gain(max(map(_peak, blocks()), default=0.0))
     for block in blocks():
         yield block if gain == 1 else block * gain
+
+
+def checked_rate(sample_rate: Any) -> int:
+    """A sample rate in Hz, of whatever type it is a whole number. Raises DataError."""
+    rate = int(sample_rate) if isinstance(sample_rate, float | np.floating) and sample_rate % 1 == 0 else sample_rate
+    try:
+        rate = operator.index(rate)
+    except TypeError:
+        rate = 0
+    if not MIN_RATE <= rate <= MAX_RATE:
+        kind = type(sample_rate).__name__
+        raise DataError(f"sample_rate = {sample_rate} ({kind}): must be a whole number of Hz, {MIN_RATE} to {MAX_RATE}")
+    return rate
 
 
 def unreadable(path: str | Path, error: BadClip | OSError) -> DataError:

@@ -447,11 +447,31 @@ def test_code_in_a_published_file_is_refused(tmp_path):
     torch.save({"model": {}, "args": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap(tmp_path / "sprung"), protocol=2))
     for name in ("trap.pth", "plain.pth"):
-        with pytest.raises(CheckpointError, match="without running its code"):
-            read_published(tmp_path / name)
-        with pytest.raises(CheckpointError, match="without running its code"):
-            from_published(tmp_path / name)
+        for reader in (read_published, from_published):
+            with pytest.raises(CheckpointError, match="without running its code: it calls for .*io.open, ") as raised:
+                reader(tmp_path / name)
+            assert "weights_only" not in str(raised.value)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no such file$"),
+        (b"", "no checkpoint at all"),
+        (b"hello", "no checkpoint at all"),
+        (pickle.dumps({"model": {}}, protocol=4), "no checkpoint at all"),
+        (b"PK\x03\x04" + bytes(100), "no checkpoint at all"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_called_unsafe(tmp_path, content, says, recwarn):
+    if content is not None:
+        (tmp_path / "p.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says) as raised:
+        read_published(tmp_path / "p.pth")
+    assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
+    assert not recwarn.list
 
 
 def test_the_trap_would_spring(tmp_path):

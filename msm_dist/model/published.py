@@ -11,7 +11,9 @@ from. Everything that doesn't fit raises CheckpointError.
 import json
 import math
 import os
+import re
 import struct
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ UNREADABLE = (
     *(OSError, RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, MemoryError, struct.error),
 )
+# How torch names what a pickle would import.
+FORBIDDEN = re.compile(r"\bGLOBAL ([\w.]+)")
 NO_CLS_NOTE = (
     "trained without a CLS token: the published decoder then drops the first visible token and shifts the others, so "
     "this decoder learnt from misplaced tokens; ours keeps every token at its place, and will reconstruct worse with "
@@ -89,13 +93,10 @@ class Conversion:
 def read_file(path: str | Path) -> PublishedFile:
     """Read a published checkpoint, its state_dict bare or under "model". Raises CheckpointError."""
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{path}: not a checkpoint that can be loaded without running its code ({reason})"
-        ) from None
+        raise CheckpointError(f"{path}: {_unreadable(error)}") from None
     wrapped = isinstance(content, dict) and "model" in content
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
@@ -251,6 +252,20 @@ def _take(model: MaskedSpectrogramModel, state: Mapping[str, Tensor], names: Ite
         ours = _our_name(name)
         own[ours] = state[name].reshape(own[ours].shape).to(own[ours].dtype)
     model.load_state_dict(own)
+
+
+def _unreadable(error: Exception) -> str:
+    """Why torch does not load a file; of its words, which advise to run the code of a pickle, a forbidden name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError):
+        return f"can't be read ({error.strerror})"
+    if isinstance(error, UnpicklingError) and (name := FORBIDDEN.search(str(error))):
+        return (
+            f"not a checkpoint that can be loaded without running its code: it calls for {name[1]}, which is no part "
+            "of a state_dict; take a file of tensors and plain values"
+        )
+    return "no checkpoint at all, or a damaged one: torch.save writes no such file; fetch it again"
 
 
 def _origin(mark: Any) -> dict[str, Any] | None:

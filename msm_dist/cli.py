@@ -165,17 +165,16 @@ def probe(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Folder of the vectors; else probe/ beside the weights.")] = None,
     out: Annotated[Path | None, typer.Option(help="A file for everything, such as report.json.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Measure what a classifier reads off the encoder's vectors, beside two baselines."""
     from msm_dist.data.commands import show_progress
     from msm_dist.evaluate.probe import Settings, report
 
     settings = Settings(protocol, seeds, labels_per_class, shuffle_labels)
-    options = {"test": test, "valid": valid, "audio": audio, "cache": cache}
+    options = {"test": test, "valid": valid, "audio": audio, "cache": cache, "normalization": normalization}
     with show_progress() as progress:
-        found = report(
-            run, data, settings, out, recipe, device=device, normalization=normalization, progress=progress, **options
-        )
+        found = report(run, data, settings, out, recipe, overwrite, device=device, progress=progress, **options)
     print(found)
 
 

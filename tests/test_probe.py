@@ -24,7 +24,7 @@ from msm_dist.evaluate import probe as probe_module
 from msm_dist.evaluate import probe_vectors
 from msm_dist.evaluate.encoder import Encoder
 from msm_dist.evaluate.probe import Settings, probe, probe_task, report
-from msm_dist.evaluate.probe_report import table
+from msm_dist.evaluate.probe_report import Outcome, table
 from msm_dist.evaluate.probe_vectors import LOGMEL, RANDOM, TRAINED, clip_vectors, logmel_statistics, sources
 from msm_dist.evaluate.recipes import RECIPES
 from msm_dist.evaluate.tasks import Fold, Task, TaskClip, clip_waveform, read_task
@@ -141,6 +141,48 @@ def test_few_labels_of_each_class_are_used(tmp_path):
     )
     assert (outcome.num_train, outcome.num_valid, outcome.num_test) == (15, 30, 90)
     assert outcome.scored[TRAINED].fits[0]["neighbours"] == 10
+    assert "; 5 labels per class" in told(outcome, labels_per_class=5)
+
+
+def told(outcome: Outcome, **settings: object) -> str:
+    return table([outcome], ABOUT | {"settings": vars(replace(KNN, **settings))})
+
+
+def test_fewer_labels_than_asked_for_are_said():
+    splits = ["train" if number < 10 or (number < 60 and number % 3) else "test" for number in range(240)]
+    for asked, note, most in ((4, "", ""), (30, "4 to 20 of 30", "at most "), (10, "4 to 10 of 10", "at most ")):
+        settings = replace(KNN, labels_per_class=asked)
+        outcome = probe_task(made_task(LABELS, splits), {TRAINED: made_vectors(LABELS, 4)}, settings)
+        said = told(outcome, labels_per_class=asked)
+        assert (f"; {note} labels per class |" in said) == bool(note)
+        assert f"; {most}{asked} labels per class" in said
+
+
+def test_test_classes_without_a_training_clip_are_counted():
+    labels = [0 if split == "train" else number % 3 for number, split in enumerate(SPLITS)]
+    outcome = probe_task(made_task(labels, SPLITS), {TRAINED: made_vectors(labels, 4)}, KNN)
+    assert outcome.untrained_classes == (2, 3)
+    assert "; 2 of 3 test classes have no training clip |" in told(outcome)
+    outcome = probe_task(made_task(LABELS, SPLITS), {TRAINED: made_vectors(LABELS, 4)}, KNN)
+    assert outcome.untrained_classes == (0, 3)
+    assert "no training clip" not in told(outcome)
+
+
+def test_neighbours_are_sought_among_all_training_clips():
+    task = made_task(LABELS, ["train"] * 150 + ["test"] * 90, (Fold(("train",), None, "test"),))
+    vectors = {TRAINED: made_vectors(LABELS, 4)}
+    outcome = probe_task(task, vectors, KNN)
+    assert (outcome.num_train, outcome.num_valid, outcome.num_test) == (150, 0, 90)
+    outcome = probe_task(task, vectors, replace(KNN, labels_per_class=50))
+    assert (outcome.num_train, outcome.num_valid) == (150, 0)
+    outcome = probe_task(task, vectors, Settings(seeds=1))
+    assert (outcome.num_train, outcome.num_valid) == (135, 15)
+
+
+def test_a_task_of_one_class_is_refused():
+    task = replace(made_task([0] * 240, SPLITS), labels=("a",))
+    with pytest.raises(DataError, match="made: has one class, a: "):
+        probe_task(task, {TRAINED: made_vectors([0] * 240, 4)}, KNN)
 
 
 def test_grid_is_searched_on_the_first_rotation_alone(monkeypatch):
@@ -330,7 +372,11 @@ def test_tasks_before_one_that_fails_are_written_and_printed(tmp_path, run, caps
     assert [task["task"] for task in written["tasks"]] == ["tones"]
     assert written["to_come"] == ["broken"]
     assert "| tones " in capsys.readouterr().out
-    report(str(run), [str(one)], KNN, out)
+    content = out.read_text()
+    with pytest.raises(ConfigError, match=r"report\.json: is there already; .*--overwrite"):
+        report(str(run), [str(one)], KNN, out)
+    assert out.read_text() == content
+    report(str(run), [str(one)], KNN, out, overwrite=True)
     assert json.loads(out.read_text())["to_come"] == []
 
 
@@ -404,6 +450,8 @@ def test_evaluation_clips_of_audioset_are_counted(tmp_path, run):
     [
         (["{run}", "{task}", "--valid", "{task}"], "goes with --test"),
         (["{run}", "{task}", "{task}", "--test", "{task}"], "goes with one folder"),
+        (["{run}", "{task}", "{task}/../task"], "task: is named twice"),
+        (["{run}", "{task}/.."], "holds 1; name those wanted: "),
         (["{run}", "nowhere"], "nowhere: is no task"),
         (["{run}", "nowhere", "--recipe", "esc50"], "nowhere: no such folder"),
         (["{run}", "{task}", "--recipe", "esc10"], "'esc10' is unknown"),

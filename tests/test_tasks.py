@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -199,13 +200,25 @@ def test_files_of_a_csv_may_lie_in_another_folder(tmp_path):
         ("file,label,split\na.wav,,train\n", "empty cell"),
         ("file,label,split\na.wav,dog\n", "line 2: has 2 cells, the header 3"),
         ("file,label,split\n", "no clips"),
-        ("file,label,split\na.wav,dog,train\n", "no clips in the split test"),
-        ("file,label,fold\na.wav,dog,1\n", "at least 2"),
+        ("file,label,split\na.wav,dog,train\n", r"table\.csv: has no clips in the split test"),
+        ("file,label,fold\na.wav,dog,1\n", r"table\.csv: all clips are in the fold 1; .* at least 2"),
+        ("file;label;split\na.wav;dog;train\n", "cells are separated by semicolons; save it with commas"),
+        ("file\tlabel\tsplit\na.wav\tdog\ttrain\n", "cells are separated by tabs; save it with commas"),
+        ("", r"table\.csv: its first line is empty; it must name the columns, file"),
     ],
 )
 def test_csv_out_of_order_is_named(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         read_task(write_csv(tmp_path, text))
+
+
+def test_a_folder_of_tasks_says_which_it_holds(tmp_path):
+    for name in ("order", "glide"):
+        write_tones(tmp_path / name, 1, 1, 1)
+    (tmp_path / "table.csv").touch()
+    held = " ".join(str(tmp_path / name) for name in ("glide", "order", "table.csv"))
+    with pytest.raises(DataError, match=f"is no task but holds 3; name those wanted: {re.escape(held)}$"):
+        read_task(tmp_path)
 
 
 def test_anything_else_is_named_with_what_is_read(tmp_path):
@@ -313,5 +326,9 @@ def test_given_validation_clips_are_all_used(tmp_path):
 
 def test_too_few_clips_are_named():
     task = task_of([(0,), (1,)])
-    with pytest.raises(DataError, match=r"no validation clips .*; give validation clips, or several"):
+    with pytest.raises(
+        DataError, match=r"no validation clips .* splits test, train\); give validation clips, or several"
+    ):
         parts_of(task, task.folds[0], 0)
+    parts = parts_of(task, task.folds[0], 0, holds_out=False)
+    assert (len(parts.train), len(parts.valid)) == (2, 0)

@@ -25,7 +25,16 @@ from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate import augment as drawing
 from msm_dist.evaluate.classifier import fit_length
 from msm_dist.evaluate.finetune_config import Augment, FinetuneData
-from msm_dist.evaluate.tasks import Fold, Parts, Task, TaskClip, clip_waveform, read_shards, read_task
+from msm_dist.evaluate.tasks import (
+    Fold,
+    Parts,
+    Task,
+    TaskClip,
+    check_classes,
+    clip_waveform,
+    read_shards,
+    read_task,
+)
 
 LENGTH_CLIPS = 32
 LONGEST_SECONDS = 10.0
@@ -289,11 +298,7 @@ def _parts(task: Task, fold: Fold) -> Parts:
 
 def _check_labels(task: Task, parts: Parts) -> None:
     """Raise DataError where there is nothing to learn."""
-    if len(task.labels) < 2 and not task.multilabel:
-        raise DataError(
-            f"{task.name}: has one class, {', '.join(task.labels)}: a clip of one label needs two to choose from; for "
-            "clips with and without a label call the column labels, and leave its cell empty without"
-        )
+    check_classes(task)
     if not any(task.clips[number].labels for number in parts.train.tolist()):
         raise DataError(
             f"{task.name}: none of its {len(parts.train)} training clips has a label; there is nothing to learn"

@@ -13,6 +13,7 @@ from msm_dist.evaluate.classifier import clip_grid
 from msm_dist.evaluate.finetune_config import FinetuneConfig
 from msm_dist.evaluate.finetune_data import LabelledTask
 from msm_dist.evaluate.finetune_start import Start
+from msm_dist.evaluate.tasks import untrained_classes
 from msm_kernels.backend import describe
 
 RESULTS = "results.json"
@@ -43,6 +44,9 @@ def announcement(
         f"clips      {len(parts.train)} to train on, {len(parts.valid) or 'none'} to validate on, {len(parts.test)} to "
         f"be judged on, {labelled.num_samples / labelled.sample_rate:.2f} s each",
     ]
+    lacking, judged = untrained_classes(task, parts)
+    if lacking:
+        lines.append(f"note       {lacking} of {judged} test classes have no training clip")
     if world.size == 1 and torch.cuda.device_count() > 1:
         lines.append(
             f"note       1 of {torch.cuda.device_count()} GPUs is used; for all of them: "

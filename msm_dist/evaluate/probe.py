@@ -37,7 +37,7 @@ from msm_dist.evaluate.probe_vectors import (
 from msm_dist.evaluate.protocols import LINEAR_RATES, NARROW_RATES, HearPoint, Problem, Protocol, fit
 from msm_dist.evaluate.recipes import check_recipe
 from msm_dist.evaluate.scores import SCORES, check_scores, interval, resample_weights, resampled
-from msm_dist.evaluate.tasks import Parts, Task, parts_of, read_shards, read_task
+from msm_dist.evaluate.tasks import Parts, Task, check_classes, parts_of, read_shards, read_task, untrained_classes
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import weights_folder
 
@@ -100,6 +100,7 @@ def probe(
     )
     tasks = _tasks(data, test, valid, audio, encoder.features.sample_rate)
     for task in tasks:
+        check_classes(task)
         check_scores(task.scores, task.name)
     cache = cache or _cache_of(run)
     about = encoder.describe() | {"run": run, "normalization": normalization, "device": str(encoder.device)}
@@ -128,15 +129,18 @@ def probe_task(
 
     Raises DataError where too many of a source's are not, or a part has no others.
     """
+    check_classes(task)
     unreadable, not_finite = _left_out(task, vectors)
     targets = task.targets()
+    holds_out = settings.protocol != "knn"  # it chooses nothing
     parts = {
         (fold, seed): _without(
-            task, parts_of(task, task.folds[fold], seed, settings.labels_per_class), unreadable | not_finite
+            task, parts_of(task, task.folds[fold], seed, settings.labels_per_class, holds_out), unreadable | not_finite
         )
         for fold in range(len(task.folds))
         for seed in range(settings.seeds)
     }
+    counts = np.stack([targets[part.train].sum(0) for part in parts.values()]).astype(int)
     judges = [_Judge(task, targets, parts[fold, 0].test, fold) for fold in range(len(task.folds))]
     scored, draws = {}, {}
     for number, (name, rows) in enumerate(vectors.items()):
@@ -162,6 +166,8 @@ def probe_task(
         scored=scored,
         compared={name: _compare(draws, scored, name) for name in vectors if name in BASELINES and TRAINED in vectors},
         saturated=any(scored[name].mean > SATURATED for name in BASELINES if name in scored),
+        train_labels=(int(counts[counts > 0].min(initial=len(targets))), int(counts.max())),
+        untrained_classes=max(untrained_classes(task, part) for part in parts.values()),
     )
 
 
@@ -258,7 +264,7 @@ def _left_out(task: Task, vectors: Mapping[str, Tensor]) -> tuple[np.ndarray, np
 def _without(task: Task, parts: Parts, left_out: np.ndarray) -> Parts:
     kept = {name: places[~left_out[places]] for name, places in vars(parts).items()}
     for name, places in kept.items():
-        if not len(places):
+        if not len(places) and len(getattr(parts, name)):
             raise DataError(
                 f"{task.name}: all {len(getattr(parts, name))} {name} clips of a rotation are left out, as unreadable "
                 "or without a finite vector; mend them, or give more"
@@ -287,6 +293,9 @@ def _tasks(
     if test is None:
         if valid is not None:
             raise ConfigError(f"--valid {valid}: goes with --test, for shards; other data name their own splits")
+        places = [Path(one).resolve() for one in data]
+        if twice := [one for number, one in enumerate(data) if places[number] in places[:number]]:
+            raise ConfigError(f"{twice[0]}: is named twice; leave one out")
         return [read_task(one, audio, sample_rate) for one in data]
     if len(data) != 1:
         raise ConfigError(f"--test {test}: goes with one folder of training shards, but {len(data)} were given")
@@ -314,17 +323,26 @@ def _for_task(encoder: Encoder, task: Task) -> Encoder:
 
 
 def report(
-    run: str, data: Sequence[str], settings: Settings, out: Path | None, recipe: str | None = None, **options: Any
+    run: str,
+    data: Sequence[str],
+    settings: Settings,
+    out: Path | None,
+    recipe: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
 ) -> str:
     """What the command prints, the table; all of it goes to `out`. `options` and errors are those of `probe`.
 
-    `out` is written anew after each task. Where a task fails, the table of those before it is printed.
+    `out` is written anew after each task; one that is there is refused, unless `overwrite`. Where a
+    task fails, the table of those before it is printed.
     """
     if recipe is not None:
         check_recipe(recipe)
     if out is not None:
         if out.is_dir():
             raise ConfigError(f"--out {out}: is a folder; name a file, such as {out / 'report.json'}")
+        if out.exists() and not overwrite:
+            raise ConfigError(f"--out {out}: is there already; name another file, or give --overwrite")
         out.parent.mkdir(parents=True, exist_ok=True)
     if options.get("device") == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"

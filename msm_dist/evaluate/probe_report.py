@@ -72,6 +72,10 @@ class Outcome:
     """Mean and deviation that the spectrogram was normalised with; None: those of each batch."""
     not_finite: tuple[str, ...] = ()
     """Clips left out that were read, but that a source has no finite vector of."""
+    train_labels: tuple[int, int] | None = None
+    """Fewest and most training clips of a class, of those that have any, over rotations and seeds."""
+    untrained_classes: tuple[int, int] = (0, 0)
+    """How many classes of test clips no training clip has, and of how many; of the rotation with the most."""
 
     @property
     def beats_baselines(self) -> bool:
@@ -82,13 +86,14 @@ class Outcome:
 def table(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
     """A Markdown table with a row per task, aligned for a terminal, and a line on how it was made."""
     header = ["task", "score", *HEADINGS, *(f"- {heading}" for heading in HEADINGS[1:]), "notes"]
-    rows = [header, *(_row(outcome) for outcome in outcomes)]
+    asked = about["settings"]["labels_per_class"]
+    rows = [header, *(_row(outcome, asked) for outcome in outcomes)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
-    return "\n".join([*lines, "", _how(about)])
+    return "\n".join([*lines, "", _how(about, any(_has_fewer(outcome, asked) for outcome in outcomes))])
 
 
 def as_json(about: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -97,26 +102,32 @@ def as_json(about: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any
     return _plain(about | {"tasks": tasks})
 
 
-def _how(about: dict[str, Any]) -> str:
+def _how(about: dict[str, Any], has_fewer: bool) -> str:
     settings = about["settings"]
     parts = [
         f"percent; protocol {settings['protocol']}, {settings['seeds']} seeds (± their deviation), [95 % over "
         f"resampled test clips]; encoder {about['encoder_sha256'][:12]}, normalization {about['normalization']}"
     ]
     if settings["labels_per_class"]:
-        parts.append(f"{settings['labels_per_class']} labels per class")
+        most = "at most " if has_fewer else ""
+        parts.append(f"{most}{settings['labels_per_class']} labels per class")
     if settings["shuffle_labels"]:
         parts.append("TRAINED ON SHUFFLED LABELS")
     return "; ".join(parts)
 
 
-def _row(outcome: Outcome) -> list[str]:
+def _has_fewer(outcome: Outcome, asked: int | None) -> bool:
+    """Whether some class has fewer training clips than were asked for."""
+    return asked is not None and outcome.train_labels is not None and outcome.train_labels[0] < asked
+
+
+def _row(outcome: Outcome, asked: int | None) -> list[str]:
     return [
         printable(outcome.task).replace("|", "/"),
         outcome.score,
         *(_score(outcome.scored.get(name)) for name in COLUMNS),
         *(_difference(outcome.compared.get(name)) for name in COLUMNS[1:]),
-        "; ".join(_notes(outcome)),
+        "; ".join(_notes(outcome, asked)),
     ]
 
 
@@ -135,13 +146,19 @@ def _interval(interval: Interval, sign: str = "") -> str:
     return f"[{100 * interval.low:{sign}.1f}, {100 * interval.high:{sign}.1f}]"
 
 
-def _notes(outcome: Outcome) -> list[str]:
+def _notes(outcome: Outcome, asked: int | None) -> list[str]:
     sizes = f"{outcome.num_train}+{outcome.num_valid}/{outcome.num_test} clips"
     notes = [sizes + (f", {outcome.num_folds} folds" if outcome.num_folds > 1 else "")]
     if outcome.official:
         notes.append(outcome.official)
     if outcome.score == "mAP" and outcome.judged_classes < outcome.num_classes:
         notes.append(f"mAP of {outcome.judged_classes} of {outcome.num_classes} classes, the others have no test clip")
+    if _has_fewer(outcome, asked):
+        fewest, most = outcome.train_labels[0], min(outcome.train_labels[1], asked)
+        notes.append(f"{fewest if fewest == most else f'{fewest} to {most}'} of {asked} labels per class")
+    if outcome.untrained_classes[0]:
+        lacking, tested = outcome.untrained_classes
+        notes.append(f"{lacking} of {tested} test classes have no training clip")
     if outcome.left_out:
         notes.append(f"{len(outcome.left_out)} unreadable left out")
     if outcome.not_finite:

@@ -156,8 +156,7 @@ def read_csv(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, d
             reader = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
             if lacking := [column for column in columns if column not in header]:
-                found = ",".join(header)[:80]
-                raise DataError(f"{path}: its first line is {found!r}, which lacks {', '.join(lacking)}")
+                raise DataError(f"{path}: {_header_fault(header, lacking)}")
             for row in reader:
                 if not row:
                     continue
@@ -168,6 +167,16 @@ def read_csv(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, d
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is not a CSV file ({error})") from None
+
+
+def _header_fault(header: list[str], lacking: list[str]) -> str:
+    if not any(header):
+        return f"its first line is empty; it must name the columns, {', '.join(lacking)} among them"
+    found = ",".join(header)[:80]
+    for name, sign in (("semicolons", ";"), ("tabs", "\t")):
+        if len(header) == 1 and sign in found:
+            return f"its first line is {found!r}: its cells are separated by {name}; save it with commas"
+    return f"its first line is {found!r}, which lacks {', '.join(lacking)}"
 
 
 def _lines(path: Path) -> list[str]:

@@ -91,21 +91,23 @@ def read_task(path: str | Path, audio: Path | None = None, sample_rate: int = 16
     is taken, else the next higher, else the highest. Several labels of a clip are separated by ; or | and make a CSV
     multilabel, as does a column called labels. Raises DataError.
     """
-    recipe, colon, folder = str(path).partition(":")
     path = Path(path)
+    recipe, colon, folder = str(path).partition(":")
     if colon and recipe in RECIPES:
         rows = recipe_rows(recipe, folder)
-        return _from_rows(recipe, rows, RECIPES[recipe].kind, Path(folder), multilabel=False)
+        return _from_rows((recipe, str(path)), rows, RECIPES[recipe].kind, Path(folder), multilabel=False)
     if (path / METADATA_NAME).is_file():
         return _from_hear(path, sample_rate)
     if path.is_file() and path.suffix == ".csv":
         rows, kind, multilabel = _csv_rows(path)
-        return _from_rows(path.stem, rows, kind, audio or path.parent, multilabel)
+        return _from_rows((path.stem, str(path)), rows, kind, audio or path.parent, multilabel)
     if (path / INDEX_NAME).is_file():
         raise DataError(
             f"{path}: shards of training clips need shards to be judged on: add --test SHARDS (to finetune, "
             "data.test=SHARDS)"
         )
+    if held := _tasks_in(path):
+        raise DataError(f"{path}: is no task but holds {len(held)}; name those wanted: {' '.join(held)}")
     raise DataError(
         f"{path}: is no task: must be a HEAR task folder (with {METADATA_NAME}), a .csv of file,label,split, a folder "
         f"of shards beside those to be judged on, or RECIPE:FOLDER with one of {', '.join(RECIPES)}"
@@ -156,12 +158,31 @@ def clip_waveform(clip: TaskClip, sample_rate: int) -> np.ndarray:
         raise unreadable(f"{clip.path}: {printable(clip.key)}", error) from None
 
 
-def parts_of(task: Task, fold: Fold, seed: int, labels_per_class: int | None = None) -> Parts:
+def check_classes(task: Task) -> None:
+    """Raise DataError where a clip's one label is the only one there is."""
+    if len(task.labels) < 2 and not task.multilabel:
+        raise DataError(
+            f"{task.name}: has one class, {', '.join(task.labels)}: a clip of one label needs two to choose from; for "
+            "clips with and without a label call the column labels, and leave its cell empty without"
+        )
+
+
+def untrained_classes(task: Task, parts: Parts) -> tuple[int, int]:
+    """How many classes of test clips no training clip has, and of how many."""
+    trained, tested = (
+        {label for place in places.tolist() for label in task.clips[place].labels}
+        for places in (parts.train, parts.test)
+    )
+    return len(tested - trained), len(tested)
+
+
+def parts_of(task: Task, fold: Fold, seed: int, labels_per_class: int | None = None, holds_out: bool = True) -> Parts:
     """The clips of a rotation. What is drawn, is drawn by `seed`.
 
     `labels_per_class`: the training clips are cut to so many of each class (multilabel: clips are taken until each
     class has so many or has no more). Without validation clips a tenth of the training clips, spread over the classes,
-    becomes them; it is drawn beside so many of each class. Raises DataError where a part is left without clips.
+    becomes them, unless nothing is held out; it is drawn beside so many of each class. Raises DataError where a part is
+    left without clips.
     """
     splits = np.array([clip.split for clip in task.clips])
     train = np.flatnonzero(np.isin(splits, fold.train))
@@ -169,14 +190,18 @@ def parts_of(task: Task, fold: Fold, seed: int, labels_per_class: int | None = N
     order = np.random.default_rng([seed, 0x7A5C]).permutation(train)
     if labels_per_class is not None:
         # Of so many that they are left when a tenth is gone.
-        beside = math.ceil(labels_per_class / (VALID_SHARE - 1)) if fold.valid is None else 0
+        beside = math.ceil(labels_per_class / (VALID_SHARE - 1)) if fold.valid is None and holds_out else 0
         order = _of_each_class(task, order, labels_per_class + beside)
-    valid = np.flatnonzero(splits == fold.valid) if fold.valid is not None else _spread_tenth(task, order)
+    if fold.valid is not None:
+        valid = np.flatnonzero(splits == fold.valid)
+    else:
+        valid = _spread_tenth(task, order) if holds_out else order[:0]
     train = np.sort(np.setdiff1d(order, valid))
     for name, part in (("training", train), ("validation", valid), ("test", test)):
-        if not len(part):
+        if not len(part) and (name != "validation" or holds_out):
+            there = ", ".join(sorted(set(splits.tolist())))
             raise DataError(
-                f"{task.name}: has no {name} clips ({len(task.clips)} in all, splits {sorted(set(splits))}); give "
+                f"{task.name}: has no {name} clips ({len(task.clips)} in all, splits {there}); give "
                 + ("validation clips, or several training clips of a class" if name == "validation" else "some")
             )
     return Parts(train, valid, test)
@@ -212,7 +237,9 @@ def _usual_scores(multilabel: bool) -> tuple[str, ...]:
     return ("mAP", "aucroc") if multilabel else ("top1_acc", "mAP")
 
 
-def _from_rows(name: str, rows: Sequence[Row], kind: str, root: Path, multilabel: bool) -> Task:
+def _from_rows(names: tuple[str, str], rows: Sequence[Row], kind: str, root: Path, multilabel: bool) -> Task:
+    """The task of rows; `names` are its own and that of its table."""
+    name, source = names
     labels = sorted({label for row in rows for label in row.labels}, key=_natural)
     place = {label: number for number, label in enumerate(labels)}
     clips = []
@@ -224,7 +251,7 @@ def _from_rows(name: str, rows: Sequence[Row], kind: str, root: Path, multilabel
         clips, f"{root}: {name}", "give the folder of the audio with --audio FOLDER (finetune: data.audio=FOLDER)"
     )
     splits = sorted({row.split for row in rows}, key=_natural)
-    folds = _rotations(splits) if kind == "fold" else _one_fold(splits, name)
+    folds = _rotations(splits, source) if kind == "fold" else _one_fold(splits, source)
     return Task(name, tuple(labels), multilabel, tuple(clips), folds, _usual_scores(multilabel))
 
 
@@ -237,7 +264,7 @@ def _from_hear(folder: Path, sample_rate: int) -> Task:
     ]
     _check_files(clips, str(folder), "fetch or make the task again")
     splits = list(hear.files)
-    folds = _rotations(splits) if hear.rotated else _one_fold(splits, str(folder))
+    folds = _rotations(splits, str(folder)) if hear.rotated else _one_fold(splits, str(folder))
     scores = hear.scores or _usual_scores(hear.multilabel)
     return Task(hear.name, hear.labels, hear.multilabel, tuple(clips), folds, scores)
 
@@ -278,16 +305,18 @@ def _natural(text: str) -> tuple[int, int, str]:
     return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
-def _one_fold(splits: Sequence[str], name: str) -> tuple[Fold, ...]:
+def _one_fold(splits: Sequence[str], source: str) -> tuple[Fold, ...]:
     if lacking := {"train", "test"} - set(splits):
-        raise DataError(f"{name}: has no clips in the split {', '.join(sorted(lacking))}; it has {', '.join(splits)}")
+        raise DataError(f"{source}: has no clips in the split {', '.join(sorted(lacking))}; it has {', '.join(splits)}")
     return (Fold(("train",), "valid" if "valid" in splits else None, "test"),)
 
 
-def _rotations(names: Sequence[str]) -> tuple[Fold, ...]:
+def _rotations(names: Sequence[str], source: str) -> tuple[Fold, ...]:
     """Test on fold k, choose by fold k + 1, train on the rest; of two folds, train on the other."""
     if len(names) < 2:
-        raise DataError(f"fold: all clips are in {', '.join(names)}; folds are rotated, so there must be at least 2")
+        raise DataError(
+            f"{source}: all clips are in the fold {', '.join(names)}; folds are rotated, so there must be at least 2"
+        )
     folds = []
     for number, test in enumerate(names):
         valid = names[(number + 1) % len(names)] if len(names) > 2 else None
@@ -300,6 +329,13 @@ def _check_files(clips: Sequence[TaskClip], source: str, remedy: str) -> None:
         raise DataError(
             f"{source}: {len(absent)} of {len(clips)} audio files are not there; {remedy}:\n{listed(absent)}"
         )
+
+
+def _tasks_in(folder: Path) -> list[str]:
+    """The HEAR task folders and CSVs right below a folder."""
+    if not folder.is_dir():
+        return []
+    return [str(path) for path in sorted(folder.iterdir()) if path.suffix == ".csv" or (path / METADATA_NAME).is_file()]
 
 
 def _labelled_index(shards: str | Path) -> Index:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from msm_dist.data.stream import start_loader
@@ -146,6 +147,17 @@ def test_length_is_that_of_the_longest_first_clip_where_none_is_given(tmp_path):
     found = open_task(FinetuneData(task=str(task)), RATE)
     assert 14000 < found.num_samples < 16000
     assert open_task(FinetuneData(task=str(task), seconds=0.5), RATE).num_samples == 8000
+
+
+def test_clips_that_can_not_be_read_give_no_length(tmp_path):
+    task = write_sounds(tmp_path)
+    lengths = [soundfile.info(tmp_path / f"train{number}.wav").frames for number in range(32)]
+    for number in sorted(range(32), key=lengths.__getitem__)[10:]:
+        (tmp_path / f"train{number}.wav").write_bytes(b"no audio")
+    assert open_task(FinetuneData(task=str(task)), RATE).num_samples == sorted(lengths)[9]
+    for number in range(32):
+        (tmp_path / f"train{number}.wav").write_bytes(b"no audio")
+    assert open_task(FinetuneData(task=str(task)), RATE).num_samples == 10 * RATE
 
 
 def test_identity_of_a_task_is_that_of_its_labels_and_splits(tmp_path):

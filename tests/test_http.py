@@ -92,8 +92,8 @@ def test_a_fault_that_stays_is_one_message_with_what_how_often_and_how_to_go_on(
     with pytest.raises(DataError) as error:
         fetched(server, (0, 1_000), access=QUICK if fault in SLOW else PATIENT)
     assert re.match(
-        rf"{server.url}/a.bin: can't be read \(.+\); tried 4 times over \d+\.\d s; start again once that is mended: "
-        "the same command continues the run from its last checkpoint$",
+        rf"{server.url}/a.bin: can't be read \(.+\); tried 4 times over \d+\.\d s; start again once that is mended, "
+        r"by the same command \(a training run continues from its last checkpoint\)$",
         str(error.value),
     )
     assert len(server.log) == 4

@@ -3,7 +3,7 @@
 In: a transport that makes one attempt at a request, and spans of files. Out: their bytes. A fault that may pass is
 tried again, after pauses that grow and are drawn at random, so that a thousand readers don't come back together.
 Fails with FileNotFoundError where there is no such file, with DataError where a further attempt is in vain or all
-have failed: that ends the run, which continues from its last checkpoint.
+have failed: that ends the command; a training run continues from its last checkpoint.
 """
 
 import logging
@@ -29,7 +29,7 @@ FIRST_PAUSE = 1 / 30  # longest pause before the first retry, of the timeout; do
 TOLD_AFTER = 4  # attempts in vain: a server that fails now and then is no news
 LONGEST_REQUESTED_PAUSE = 2  # of what a server asks for, in timeouts
 THREAD_NAME = "remote-read"
-AGAIN = "start again once that is mended: the same command continues the run from its last checkpoint"
+AGAIN = "start again once that is mended, by the same command (a training run continues from its last checkpoint)"
 
 _random = random.SystemRandom()  # the run's own generators stay as they are
 T = TypeVar("T")

@@ -10,6 +10,7 @@ Legend: B clips, S samples, C classes, F mel bands, T frames, K patches kept.
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,7 @@ def open_task(data: FinetuneData, sample_rate: int) -> LabelledTask:
     if data.seconds is not None:
         num_samples = round(data.seconds * sample_rate)
     else:
-        first = [task.clips[number] for number in parts.train[:LENGTH_CLIPS].tolist()]
-        longest = max(len(clip_waveform(clip, sample_rate)) for clip in first)
-        num_samples = min(longest, round(LONGEST_SECONDS * sample_rate))
+        num_samples = _usual_length([task.clips[number] for number in parts.train[:LENGTH_CLIPS].tolist()], sample_rate)
     return LabelledTask(task, parts, max(1, num_samples), sample_rate)
 
 
@@ -264,6 +263,16 @@ def this_worker() -> tuple[int, int]:
     """Number of this loader process, and of how many."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _usual_length(clips: Sequence[TaskClip], sample_rate: int) -> int:
+    """Samples of the longest clip, LONGEST_SECONDS at most; what can't be read is named elsewhere, all at once."""
+    most = round(LONGEST_SECONDS * sample_rate)
+    lengths = []
+    for clip in clips:
+        with suppress(DataError):
+            lengths.append(len(clip_waveform(clip, sample_rate)))
+    return min(max(lengths, default=most), most)
 
 
 def _fold(task: Task, name: str | None) -> Fold:

@@ -15,7 +15,7 @@ from msm_dist import monitor
 from msm_dist.config import BatchLayout
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import checkpoint, preempt, state
-from msm_dist.engine.runfolder import compare_config, compare_plan, record_start
+from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World
 from msm_dist.engine.zero import build_engine, describe_engine, fitting_memory, rehearse
@@ -26,7 +26,7 @@ from msm_dist.evaluate.finetune_config import MAY_CHANGE, FinetuneConfig
 from msm_dist.evaluate.finetune_data import Cut, JudgedClips, LabelledTask, spread
 from msm_dist.evaluate.finetune_judging import Scores, allowed_scores, check_clips, giving_up
 from msm_dist.evaluate.finetune_report import announcement
-from msm_dist.evaluate.finetune_start import Start, length_of, made_up, new_classifier
+from msm_dist.evaluate.finetune_start import Start, compare_identity, length_of, made_up, new_classifier
 from msm_dist.features import LogMel
 from msm_dist.files import write_atomically
 
@@ -77,7 +77,7 @@ def build(
         "clips_per_epoch": len(parts.train),
     }
     world.on_main(lambda: compare_config(folder, cfg, MAY_CHANGE))
-    world.on_main(lambda: compare_plan(folder, identity))
+    world.on_main(lambda: compare_identity(cfg, identity))
     saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", total_steps, layout))
     valid_clips, test_clips = labelled.clips(spread(parts.valid, cfg.train.valid_clips)), labelled.clips(parts.test)
     scores = world.on_main(lambda: allowed_scores(labelled, valid_clips, test_clips))

@@ -8,9 +8,12 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import yaml
 
+from msm_dist.engine.runfolder import compare_plan
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.evaluate import hub
 from msm_dist.evaluate.augment import num_kept
@@ -56,6 +59,19 @@ def read_start(cfg: FinetuneConfig) -> Start:
     encoder = {name: value for name, value in tensors.items() if name.startswith("encoder.")}
     decoder = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
     return Start(encoder, decoder, info, digest)
+
+
+def compare_identity(cfg: FinetuneConfig, identity: dict[str, Any]) -> None:
+    """Raise ConfigError where a run of that name began with other weights, clips or labels; another task is named."""
+    try:
+        compare_plan(cfg.run.folder, identity)
+    except ConfigError as error:
+        try:
+            recorded = yaml.safe_load((cfg.run.folder / "config.yaml").read_text(encoding="utf-8"))["data"]["task"]
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            recorded = cfg.data.task
+        told = "" if recorded == cfg.data.task else f"\nIts task was {recorded}, now it is {cfg.data.task}."
+        raise ConfigError(f"{error}{told}") from None
 
 
 def new_classifier(cfg: FinetuneConfig, start: Start, head: Head) -> Classifier:

@@ -18,7 +18,7 @@ from msm_dist.errors import CheckpointError, ConfigError, DataError
 from msm_dist.evaluate import attention_maps as attention
 from msm_dist.evaluate import embedding_map, pictures, reconstruction
 from msm_dist.evaluate.encoder import Encoder
-from msm_dist.evaluate.pictures import file_names, read_crops, write_png
+from msm_dist.evaluate.pictures import read_crops, write_named, write_png
 from msm_dist.evaluate.recordings import read_audio
 from msm_dist.features import LogMel, normalize
 from msm_dist.model.mae import MaskedSpectrogramModel
@@ -134,8 +134,28 @@ def test_place_past_the_end_is_an_error(sound):
         read_crops(sound, INFO, 2.5)
 
 
-def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
-    assert file_names([tmp_path / "a.wav", tmp_path / "b" / "a.flac", tmp_path / "c.wav"]) == ["a", "a-2", "c"]
+def test_nothing_is_written_over_but_what_is_equal(tmp_path):
+    out = tmp_path / "new" / "out"
+    calls = [("a", b"1"), ("a", b"2"), ("a", b"1"), ("a", b"2"), ("a", b"3"), ("a-2", b"4"), ("b", b"1")]
+    names = [write_named(out, stem, {".x": content, ".y": b"all"}, set()).name for stem, content in calls]
+    assert names == ["a", "a-2", "a", "a-2", "a-3", "a-2-2", "b"]
+    (out / "c.y").write_bytes(b"other")  # of two files one is enough
+    assert write_named(out, "c", {".x": b"1", ".y": b"all"}, set()).name == "c-2"
+    (out / "d.x").write_bytes(b"1")  # begun before
+    assert write_named(out, "d", {".x": b"1", ".y": b"all"}, set()).name == "d"
+    assert (out / "a.x").read_bytes() == b"1" and (out / "d.y").read_bytes() == b"all"
+    taken = set()
+    assert [write_named(out, "e", {".x": b"1"}, taken).name for _ in range(2)] == ["e", "e-2"]
+
+
+def test_calls_with_other_settings_keep_the_pictures_of_earlier_ones(folder, sound, tmp_path):
+    for seed in (0, 1, 0):
+        assert ("dog-2.png" in reconstruct(folder, [sound], tmp_path / "out", seed=seed)) == (seed == 1)
+        assert ("dog-2.att" in look(folder, [sound], tmp_path / "out", head=1 + seed)) == (seed == 1)
+    files = contents(tmp_path / "out")
+    assert len(files) == 10
+    for kind in ("png", "attention.png", "masked.wav"):
+        assert files[f"dog.{kind}"] != files[f"dog-2.{kind}"]
 
 
 @pytest.fixture
@@ -317,10 +337,10 @@ def test_query_picks_its_row_of_the_map():
 @pytest.mark.parametrize(("layer", "head", "panels"), [("last", None, 4), ("1", 3, 1), ("all", None, 8), ("all", 2, 2)])
 def test_attention_is_drawn_over_the_spectrogram(folder, sound, tmp_path, monkeypatch, layer, head, panels):
     figures = []
-    monkeypatch.setattr(attention, "write_png", lambda figure, path: figures.append((figure, path)))
+    monkeypatch.setattr(attention, "png_bytes", lambda figure: figures.append(figure) or b"")
     said = look(folder, [sound], tmp_path, layer, head, query="1,2")
-    ((figure, path),) = figures
-    assert path == tmp_path / "dog.attention.png"
+    (figure,) = figures
+    assert (tmp_path / "dog.attention.png").is_file()
     assert "patch 1,2" in said
     crop = read_crops(sound, INFO).spectrogram
     maps = attention.attention_maps(Encoder.load(folder)._encoder, crop)[:, 0]
@@ -340,7 +360,7 @@ def test_attention_is_drawn_over_the_spectrogram(folder, sound, tmp_path, monkey
 
 def test_short_recording_is_looked_at_in_its_own_length(folder, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(attention, "write_png", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(attention, "png_bytes", lambda figure: figures.append(figure) or b"")
     look(folder, [write_sound(tmp_path / "short.wav", 0.2)], tmp_path)
     (figure,) = figures
     assert figure.axes[0].images[0].get_array().shape == (80, 24)

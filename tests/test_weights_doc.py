@@ -81,9 +81,11 @@ def test_commands_and_code_of_the_pictures_page_run(place, capsys):
         call(words)
     made = {path.name for path in Path("pictures").iterdir()}
     assert made == {
-        *(f"{name}.{kind}" for name in ("dog", "cat") for kind in ("png", "original.wav", "masked.wav")),
-        *(f"{name}.reconstruction.wav" for name in ("dog", "cat")),
-        *("dog.attention.png", "map.png", "map.csv", "task.png", "task.csv"),
+        *(f"{name}.{kind}" for name in ("dog", "dog-2", "cat") for kind in ("png", "original.wav", "masked.wav")),
+        *(f"{name}.reconstruction.wav" for name in ("dog", "dog-2", "cat")),
+        # All layers are the last one here.
+        *(f"{name}.attention.png" for name in ("dog", "dog-2", "dog-3")),
+        *("map.png", "map.csv", "task.png", "task.csv"),
     }
     assert capsys.readouterr().out.count("without a model: corpus mean") == 1 + 3 + 1
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msm_dist.errors import ConfigError
-from msm_dist.evaluate.pictures import check_matplotlib, file_names, new_figure, read_crops, show, write_png
+from msm_dist.evaluate.pictures import check_matplotlib, new_figure, png_bytes, read_crops, show, write_named
 from msm_dist.model.mae import Encoder
 from msm_dist.model.transformer import Block
 from msm_dist.model.weights import WeightsInfo, load
@@ -63,7 +63,8 @@ def attention_files(
     query = query or (CLS if encoder.num_prefix else MEAN)
     layers = _layers(layer, len(encoder.blocks))
     heads = _heads(head, info.model.geometry.num_heads)
-    for file, name in zip(files, file_names(files), strict=True):
+    taken: set[str] = set()
+    for file in files:
         crops = read_crops(file, info, start_seconds)
         width = info.model.patch[1]
         # A short recording at its own length, as it is embedded: attention to filled-up silence would mean nothing.
@@ -71,8 +72,9 @@ def attention_files(
         shape = (info.features.n_mels // info.model.patch[0], spectrogram.shape[-1] // width)
         maps = attention_maps(encoder, spectrogram)[layers][:, 0][:, heads]
         seen = Seen(from_query(maps, query, encoder.num_prefix, shape), layers, heads, query)
-        write_png(draw(seen, spectrogram[0, 0], info, crops.start_seconds, file.name), out / f"{name}.attention.png")
-        yield f"{out / name}.attention.png: {_query_named(query)}, {len(layers)} layers x {len(heads)} heads"
+        picture = png_bytes(draw(seen, spectrogram[0, 0], info, crops.start_seconds, file.name))
+        written = write_named(out, file.stem, {".attention.png": picture}, taken)
+        yield f"{written}.attention.png: {_query_named(query)}, {len(layers)} layers x {len(heads)} heads"
 
 
 @torch.no_grad()

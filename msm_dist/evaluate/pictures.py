@@ -8,7 +8,7 @@ Legend: C crops, F mel bands, T frames.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,15 +81,25 @@ def _span(path: Path, sample_rate: int, start: int, stop: int) -> tuple[Tensor, 
     return torch.from_numpy(np.concatenate(parts)), seen
 
 
-def file_names(paths: Sequence[Path]) -> list[str]:
-    """A name per file for what is made of it: its stem, numbered where another file has it too."""
-    names: list[str] = []
-    for path in paths:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
+def write_named(out: Path, stem: str, contents: Mapping[str, bytes], taken: set[str]) -> Path:
+    """Write a file for every ending to `out`, whole or not at all; the path that they have in common.
+
+    It is the stem's, numbered where that name is `taken`, to which the chosen one is added, or where other content is
+    there under it: nothing is replaced, and equal calls write equal files.
+    """
+    name, number = stem, 1
+    while name in taken or any(_is_other(out / f"{name}{ending}", content) for ending, content in contents.items()):
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    out.mkdir(parents=True, exist_ok=True)
+    for ending, content in contents.items():
+        write_atomically(out / f"{name}{ending}", content)
+    return out / name
+
+
+def _is_other(path: Path, content: bytes) -> bool:
+    return path.exists() and not (path.is_file() and path.read_bytes() == content)
 
 
 def check_matplotlib() -> None:
@@ -119,8 +129,13 @@ def show(axes: "Axes", values: np.ndarray, info: WeightsInfo, start_seconds: flo
 
 
 def write_png(figure: "Figure", path: Path) -> None:
-    """Write a figure, there whole or not at all; equal figures give equal bytes. Raises OSError."""
+    """Write a figure, there whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, png_bytes(figure))
+
+
+def png_bytes(figure: "Figure") -> bytes:
+    """A figure as a PNG file; equal figures give equal bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from msm_dist.errors import CheckpointError, ConfigError
-from msm_dist.evaluate.pictures import check_matplotlib, file_names, new_figure, read_crops, show, write_png
+from msm_dist.evaluate.pictures import check_matplotlib, new_figure, png_bytes, read_crops, show, write_named
 from msm_dist.features import CODE_LOW
-from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.origin import is_trained
 from msm_dist.model.weights import WeightsInfo, load
@@ -75,14 +74,16 @@ def reconstruct_files(
             "alone), so it can reconstruct nothing; take the weights of a pre-training run"
         )
     ratio = info.model.mask_ratio if mask_ratio is None else mask_ratio
-    for file, name in zip(files, file_names(files), strict=True):
+    taken: set[str] = set()
+    for file in files:
         crops = read_crops(file, info, start_seconds, num_crops)
         made = reconstructions(model, info, crops.spectrogram, ratio, seed, crops.start_seconds)
-        for kind, waveform in sounds(made, info).items():
-            _write_wav(out / f"{name}.{kind}.wav", waveform, info.features.sample_rate)
-        write_png(draw(made, info, file.name), out / f"{name}.png")
+        rate = info.features.sample_rate
+        contents = {f".{kind}.wav": _wav_bytes(waveform, rate) for kind, waveform in sounds(made, info).items()}
+        contents[".png"] = png_bytes(draw(made, info, file.name))
+        written = write_named(out, file.stem, contents, taken)
         lines = [f"{file} from {one.start_seconds:.2f} s: {_told(one)}" for one in made]
-        yield "\n".join([*lines, f"  {out / name}.png, and .original.wav, .masked.wav, .reconstruction.wav"])
+        yield "\n".join([*lines, f"  {written}.png, and .original.wav, .masked.wav, .reconstruction.wav"])
 
 
 @torch.no_grad()
@@ -192,8 +193,7 @@ def _told(one: Reconstruction) -> str:
     return f"loss {loss} on {one.num_masked} masked patches; without a model: {references}"
 
 
-def _write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
+def _wav_bytes(waveform: Tensor, sample_rate: int) -> bytes:
     content = io.BytesIO()
     soundfile.write(content, waveform.numpy(), sample_rate, format="WAV", subtype="PCM_16")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()

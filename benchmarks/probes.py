@@ -1,9 +1,9 @@
 """A trained encoder on every probe task, with 10 and 50 labels per class: `python -m benchmarks.probes RUN`.
 
 In: a run folder or exported weights. Makes the tasks of `msm-dist data tasks` (seed 0) where they are not there yet and
-probes each of them with the linear protocol beside both baselines. Out: every task, won or not, as a table, and
-benchmarks/results/probes-<name>-<device>.json and .md. A task counts as won where it is not saturated and the paired
-intervals of the difference to both baselines are above zero.
+probes each of them with the protocols linear and hear beside both baselines, which are judged by the same protocol.
+Out: every task, won or not, as a table, and benchmarks/results/probes-<name>-<device>.json and .md. A task counts as
+won where it is not saturated and the paired intervals of the difference to both baselines are above zero.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,14 +20,19 @@ from msm_dist.data.probe_tasks import TASKS, VERSION, default_clips, write_tasks
 from msm_dist.errors import reporting
 from msm_dist.evaluate.probe import Settings, probe
 from msm_dist.evaluate.probe_report import Outcome, as_json, table
+from msm_dist.evaluate.protocols import Protocol
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import weights_folder
 
+PROTOCOLS: tuple[Protocol, ...] = ("linear", "hear")
 LABELS = (10, 50)
 SEEDS = 3
 TASKS_SEED = 0
 WANTED = 3
 """Tasks that a checkpoint of up to 40 CPU minutes is to win."""
+
+Found = Mapping[tuple[Protocol, int], tuple[dict[str, Any], Sequence[Outcome]]]
+"""By protocol and labels per class: what all outcomes share, and an outcome a task."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", help="run folder or exported weights")
     parser.add_argument("--tasks", type=Path, default=Path("data/benchmark-tasks"), help="folder of the tasks")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="may be repeated; none: all")
+    parser.add_argument("--protocol", choices=get_args(Protocol), nargs="+", default=PROTOCOLS)
     parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="per class")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the classifier")
     parser.add_argument("--clips", type=int, nargs=3, metavar=("TRAIN", "VALID", "TEST"), help="per class, to rehearse")
@@ -46,19 +52,20 @@ def main(arguments: Sequence[str]) -> int:
     name, names = options.name or _name(options.run), options.task or list(TASKS)
     write_tasks(options.tasks, names, TASKS_SEED, options.clips and tuple(options.clips))
     found = {
-        labels: probe(
+        (protocol, labels): probe(
             options.run,
             [str(options.tasks / name) for name in names],
-            Settings(protocol="linear", seeds=options.seeds, labels_per_class=labels),
+            Settings(protocol=protocol, seeds=options.seeds, labels_per_class=labels),
             device=options.device,
         )
+        for protocol in options.protocol
         for labels in options.labels
     }
     clips = {task: tuple(options.clips or default_clips(task)) for task in names}
     made = {"generator_version": VERSION, "seed": TASKS_SEED, "clips_per_class": clips}
     subject, device = f"probes-{slug(name)}", _device(options.device)
     content = {"subject": subject, **environment(), "device": device, "threads": torch.get_num_threads()}
-    content |= {"tasks": made, "labels_per_class": contents(found)}
+    content |= {"tasks": made, "probes": contents(found)}
     text = report(name, found)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{subject}-{slug(device)}.json"
@@ -68,19 +75,22 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def contents(found: Mapping[int, tuple[dict[str, Any], Sequence[Outcome]]]) -> dict[str, Any]:
-    """The whole outcome by the number of labels, and which tasks count as won."""
-    return {
-        str(labels): as_json(about, outcomes) | {"won": [outcome.task for outcome in outcomes if won(outcome)]}
-        for labels, (about, outcomes) in found.items()
-    }
+def contents(found: Found) -> list[dict[str, Any]]:
+    """The whole outcome of each protocol and number of labels, and which tasks count as won."""
+    return [
+        {"protocol": protocol, "labels_per_class": labels}
+        | as_json(about, outcomes)
+        | {"won": [outcome.task for outcome in outcomes if won(outcome)]}
+        for (protocol, labels), (about, outcomes) in found.items()
+    ]
 
 
-def report(name: str, found: Mapping[int, tuple[dict[str, Any], Sequence[Outcome]]]) -> str:
-    """Markdown: a table with every task for each number of labels, and a sentence on how many are won."""
+def report(name: str, found: Found) -> str:
+    """Markdown: for each protocol and number of labels a table with every task, and a sentence on how many are won."""
     parts = [f"# Probes of {name}"]
-    for labels, (about, outcomes) in found.items():
-        parts.append(f"## {labels} labels per class\n\n{table(outcomes, about)}\n\n{verdict(outcomes)}")
+    for (protocol, labels), (about, outcomes) in found.items():
+        heading = f"## Protocol {protocol}, {labels} labels per class"
+        parts.append(f"{heading}\n\n{table(outcomes, about)}\n\n{verdict(outcomes)}")
     return "\n\n".join(parts) + "\n"
 
 

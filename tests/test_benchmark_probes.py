@@ -50,14 +50,23 @@ def test_rehearsal_prints_every_task_and_leaves_results(tmp_path, capsys, monkey
     content = json.loads((out / "probes-a-tiny-one-cpu.json").read_text())
     assert (content["subject"], content["device"]) == ("probes-a-tiny-one", "CPU")
     assert content["tasks"]["clips_per_class"] == {name: [3, 1, 2] for name in names}
-    assert list(content["labels_per_class"]) == ["2", "3"]
-    for labels, found in content["labels_per_class"].items():
+    done = [(found["protocol"], found["labels_per_class"]) for found in content["probes"]]
+    assert done == [("linear", 2), ("linear", 3), ("hear", 2), ("hear", 3)]
+    for found in content["probes"]:
+        assert found["settings"]["protocol"] == found["protocol"]
         assert [task["task"] for task in found["tasks"]] == list(names)
-        assert [task["num_train"] for task in found["tasks"]] == [2 * int(labels)] * 2
+        assert [task["num_train"] for task in found["tasks"]] == [2 * found["labels_per_class"]] * 2
         assert all(set(task["scored"]) == {"trained", "random_weights", "logmel"} for task in found["tasks"])
     text = (out / "probes-a-tiny-one-cpu.md").read_text()
     assert text in capsys.readouterr().out
-    for expected in ("# Probes of A tiny one", "## 2 labels per class", "## 3 labels per class", "| order", "| glide"):
+    for expected in (
+        "# Probes of A tiny one",
+        "linear, 2 labels",
+        "linear, 3 labels",
+        "hear, 3 labels",
+        "| order",
+        "| glide",
+    ):
         assert expected in text
 
 

@@ -3,6 +3,7 @@
 #   VENV=0              no .venv: PYTHON and its packages as they are, without touching a network
 #   TORCH_INDEX=URL     take torch from this wheel index (a CPU build, another CUDA)
 #   PYTEST_ARGS=...     passed to pytest
+#   WORKERS=1           how many test files `make test` runs at a time; by default as many as cores, 4 at most
 #   BENCH_ARGS=...      passed to the benchmarks: --minutes 2, --out FOLDER
 #   HEAR_MODEL=runs/x   the weights that test-hear runs the HEAR tools on: a run or an export
 
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 STUDY_ARGS ?=
 BENCH_ARGS ?=
 HEAR_PYTHON ?= python3.11
@@ -93,7 +95,7 @@ study: ready data/quickstart/train/index.json data/quickstart/valid/index.json d
 	$(PY) -m msm_dist study gather runs/study --out runs/study/results
 
 test: ready ## run all the tests that this machine can run
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # make test takes a few cells of this matrix, and of fine-tuning's. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one

@@ -33,6 +33,7 @@ EVAL = ["scikit-learn>=1.4", "matplotlib>=3.8", "huggingface_hub>=0.30"]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "librosa>=0.10.2",
     "ruff>=0.6",

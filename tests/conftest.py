@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out[f"{mark} ({reason})"] = [item.nodeid for item in marked]
             items[:] = [item for item in items if item not in marked]
             config.hook.pytest_deselected(items=marked)
-    config.stash[LEFT_OUT] = left_out
+    config.stash[LEFT_OUT] = dict(left_out)
+    # With `-n`: a file's tests share what they have made, and tests that start several processes come one by one.
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        several = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
+        item.add_marker(pytest.mark.xdist_group("several processes" if several else item.path.name))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of `-n` tells what was left out: all collect the same."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear it."""
+    node.config.stash.setdefault(LEFT_OUT, {}).update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

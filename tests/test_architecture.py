@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"errors", "files"},
+    {"errors", "files", "plain"},
     {"config"},
     {"data", "features", "kernels"},
     {"model"},
@@ -20,7 +20,8 @@ LAYERS = (
     {"corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
     | {"allocation", "extension", "guard", "initial", "costs", "memory", "sweep"}
     | {"jobs", "traces", "runs", "corpus_report", "study", "study_results"},
-    {"launch", "site", "snapshot", "admission", "submission", "doctor"},
+    {"launch", "site", "snapshot", "admission", "submission"}
+    | {"doctor", "doctor_findings", "doctor_host", "doctor_gpu"},
     {"cli"},
     {"__main__"},
 )

@@ -1,14 +1,14 @@
 """What this machine offers and lacks for msm_dist: the checks behind `msm-dist doctor` and `make setup`.
 
 In: the interpreter and the machine it runs on. Out: findings, each with what was found and what to do.
-Needs the standard library only, so that it also runs where nothing is installed yet. Repairs on request
-what can go wrong between good packages: torchaudio's compiled extensions beside another torch.
+Here: interpreter and packages; the rest is in doctor_gpu.py and doctor_host.py. Needs the standard library only, so
+that it also runs where nothing is installed yet. Repairs on request what can go wrong between good packages:
+torchaudio's compiled extensions beside another torch.
 """
 
 import ast
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,25 +17,27 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+if not __package__:
+    # Run as a file, before anything is installed.
+    sys.path.insert(0, str(REPOSITORY))
+
+from msm_dist.doctor_findings import Finding, show  # noqa: E402
+from msm_dist.doctor_gpu import check_gpu, check_variables  # noqa: E402
+from msm_dist.doctor_host import (  # noqa: E402
+    check_clock,
+    check_disk,
+    check_file_system,
+    check_locked_memory,
+    check_open_files,
+    check_shared_memory,
+    runs_folder,
+)
+
 OWN_VENV_MARK = "made-by-msm-dist"
 """File in a virtual environment that set-up made: only there may a package's files be removed."""
 TESTED_PYTHONS = ((3, 11), (3, 12))
-SHARED_MEMORY = Path("/dev/shm")
-MIN_SHM_BYTES = 256 * 2**20
-"""Room in /dev/shm for the batches that loader processes hand over."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check's outcome: "ok", "warn" (works, with a limit that `remedy` lifts) or "fail"."""
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,25 @@ def run_doctor(fix: bool) -> int:
 
     Returns the exit code: 2 if a check failed, else 0.
     """
-    failed = False
-    for finding in findings(fix):
-        failed |= finding.status == "fail"
-        print(f"{finding.status:<5} {finding.name:<12} {finding.detail}", flush=True)
-        if finding.remedy:
-            print(f"{'':<18} -> {finding.remedy}", flush=True)
-    return 2 if failed else 0
+    return show(findings(fix))
 
 
 def findings(fix: bool) -> Iterator[Finding]:
     """The findings of all checks, one after the other."""
+    folder = runs_folder()
     checks: list[Callable[[], Iterable[Finding]]] = [
         check_python,
         lambda: check_packages(requirements()),
         lambda: check_torchaudio(fix),
         check_compiler,
         check_gpu,
-        check_limits,
+        check_variables,
+        check_shared_memory,
+        check_open_files,
+        check_locked_memory,
+        lambda: check_disk(folder),
+        lambda: check_file_system(folder),
+        lambda: check_clock(folder),
     ]
     for check in checks:
         yield from check()
@@ -196,49 +199,6 @@ def check_compiler() -> Iterator[Finding]:
         yield Finding("compiler", "warn", detail, "apt-get install g++ python3-dev")
     else:
         yield Finding("compiler", "ok", "C++ compiler and Python.h are here")
-
-
-def check_gpu() -> Iterator[Finding]:
-    """GPUs, and the library through which they talk."""
-    if util.find_spec("torch") is None:
-        return
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        yield Finding("torch", "fail", f"can't be imported: {error}", "make setup")
-        return
-    if torch.cuda.is_available():
-        count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-        detail = f"{count} x {name}, CUDA {torch.version.cuda}, NCCL {nccl or 'missing'}"
-        if nccl or count == 1:
-            yield Finding("gpu", "ok", detail)
-        else:
-            yield Finding("gpu", "fail", detail, "install a torch with NCCL: GPUs can't train together without")
-    elif shutil.which("nvidia-smi"):
-        detail = f"nvidia-smi is here, but torch {torch.__version__} sees no GPU"
-        yield Finding("gpu", "warn", detail, "make setup TORCH_INDEX=<index with the torch for your driver>")
-    else:
-        yield Finding("gpu", "ok", "none: runs use the CPU")
-
-
-def check_limits() -> Iterator[Finding]:
-    """Shared memory, open files and disk space."""
-    if SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        detail = f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}"
-        if free < MIN_SHM_BYTES:
-            remedy = "docker run --shm-size=1g, or data.num_workers=0"
-            yield Finding("shared mem", "warn", f"{detail}: loader processes may run out of it", remedy)
-        else:
-            yield Finding("shared mem", "ok", detail)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = 0 <= soft < 1024
-    yield Finding("open files", "warn" if few else "ok", f"limit {soft}", f"ulimit -n {hard}" if few else "")
-    free = shutil.disk_usage(Path.cwd()).free
-    status = "fail" if free < 2**30 else "warn" if free < 5 * 2**30 else "ok"
-    remedy = "" if status == "ok" else "free some space: a base-size checkpoint takes 1.2 GB"
-    yield Finding("disk", status, f"{free / 2**30:,.1f} GiB free in {Path.cwd()}", remedy)
 
 
 def _parse(line: str, extra: str) -> Requirement:

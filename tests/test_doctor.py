@@ -1,17 +1,14 @@
-"""The checks of `msm-dist doctor`: what they find, and what they may repair."""
+"""The checks of interpreter and packages by `msm-dist doctor`: what they find, and what they may repair."""
 
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from msm_dist import doctor
 from msm_dist.doctor import Finding, Requirement
-
-Usage = namedtuple("Usage", "total used free")
 
 
 def statuses(findings) -> dict[str, str]:
@@ -107,27 +104,6 @@ def test_torchaudio_broken_for_another_reason_is_left_alone(broken_torchaudio, t
     assert (broken_torchaudio / "lib" / "libtorchaudio.so").exists()
 
 
-@pytest.mark.parametrize(
-    ("free", "expected"),
-    [
-        (2**26, {"shared mem": "warn", "disk": "fail"}),
-        (2**32, {"shared mem": "ok", "disk": "warn"}),
-        (2**40, {"shared mem": "ok", "disk": "ok"}),
-    ],
-)
-def test_little_space_is_reported(monkeypatch, tmp_path, free: int, expected: dict[str, str]) -> None:
-    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(2**41, 0, free))
-    found = statuses(doctor.check_limits())
-    assert {name: found[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(("limit", "status"), [(256, "warn"), (1024, "ok"), (-1, "ok")])
-def test_few_open_files_are_reported(monkeypatch, limit: int, status: str) -> None:
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda kind: (limit, 4096))
-    assert statuses(doctor.check_limits())["open files"] == status
-
-
 def test_missing_compiler_is_a_warning_with_the_packages_to_install(monkeypatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (finding,) = doctor.check_compiler()
@@ -175,3 +151,4 @@ def test_doctor_runs_where_nothing_is_installed() -> None:
     child = subprocess.run([sys.executable, "-I", "-S", doctor.__file__], capture_output=True, text=True)
     assert child.returncode == 2, child.stderr
     assert "torch >= 2.11 (none is here)" in child.stdout
+    assert "open files" in child.stdout and "clock" in child.stdout

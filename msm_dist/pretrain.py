@@ -29,6 +29,7 @@ from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
 from msm_dist.engine.divergence import raise_diverged
 from msm_dist.engine.optim import lr_at
+from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World, join_world, leave_world, noticing_lost_peers
@@ -315,7 +316,7 @@ def build(
     world.on_main(lambda: compare_config(folder, cfg))
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
-    saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", corpus.total_steps, layout))
+    saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world)
     if cfg.data.verify == "digest":
         access = access_of(cfg.data)
         world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)

@@ -16,6 +16,7 @@ import torch
 
 from msm_dist.config import BatchLayout, Checkpoint
 from msm_dist.engine import checkpoint, saving
+from msm_dist.engine.resume import newest_of_run
 from msm_dist.errors import CheckpointError, ConfigError, MsmError
 
 
@@ -199,16 +200,16 @@ def test_torn_and_foreign_folders_never_count_as_kept_ones(tmp_path, saving_now)
 
 def test_run_whose_checkpoints_are_all_torn_is_not_started_over(tmp_path, saving_now):
     layout = BatchLayout(world_size=1, micro_batch=8, accumulation=1, blocks_per_step=8, blocks_per_micro_batch=8)
-    assert checkpoint.newest_of_run(tmp_path, 100, layout) is None
+    assert newest_of_run(tmp_path, 100, layout, Alone()) is None
     truncate(saving_now(tmp_path, 10))
-    with pytest.raises(CheckpointError, match="step-00000010, but no whole checkpoint"):
-        checkpoint.newest_of_run(tmp_path, 100, layout)
+    with pytest.raises(CheckpointError, match="step-00000010.damaged, but no whole checkpoint"):
+        newest_of_run(tmp_path, 100, layout, Alone())
     saving_now(tmp_path, 20)
-    assert checkpoint.newest_of_run(tmp_path, 100, layout).step == 20
+    assert newest_of_run(tmp_path, 100, layout, Alone()).step == 20
     with pytest.raises(ConfigError, match="the run is 15 steps long, its checkpoint .* is at step 20"):
-        checkpoint.newest_of_run(tmp_path, 15, layout)
+        newest_of_run(tmp_path, 15, layout, Alone())
     with pytest.raises(CheckpointError, match="cursor 160 is not that of step 20 with 4 blocks"):
-        checkpoint.newest_of_run(tmp_path, 100, replace(layout, blocks_per_step=4))
+        newest_of_run(tmp_path, 100, replace(layout, blocks_per_step=4), Alone())
 
 
 def test_format_of_the_future_is_refused(tmp_path, saving_now):

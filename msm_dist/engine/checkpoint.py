@@ -5,8 +5,9 @@
         meta.json                             step, cursor, loss scale, counters, sizes and digests of the files
         complete                              digest of meta.json, written last
 
-A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; a
-torn one is skipped. A failure to write raises CheckpointError on all ranks and leaves the others as they were.
+A checkpoint is written under another name, flushed to the disk, marked complete, and only then renamed; which one a
+start takes is in engine/resume.py. A failure to write raises CheckpointError on all ranks and leaves the others as they
+were.
 Saving is two collectives, which may run on two threads: `copy_state` to host memory, then `write`; a run's are
 ordered by `engine.saving`.
 """
@@ -24,12 +25,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from msm_dist.config import BatchLayout
 from msm_dist.engine import state
 from msm_dist.engine.stored import (
     COMPLETE,
     FORMAT,
+    PARTIAL,
     Saved,
+    Torn,
     checkpoint_name,
     digest,
     folders,
@@ -39,7 +41,7 @@ from msm_dist.engine.stored import (
     verify_file,
 )
 from msm_dist.engine.world import World
-from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.errors import CheckpointError
 from msm_dist.files import sync, write_durably
 
 __all__ = [
@@ -49,14 +51,11 @@ __all__ = [
     "is_complete",
     "load",
     "newest_complete",
-    "newest_of_run",
     "open_checkpoint",
     "rotate",
     "save",
     "write",
 ]
-
-PARTIAL = ".partial"
 
 log = logging.getLogger(__name__)
 
@@ -117,44 +116,30 @@ def load(engine: deepspeed.DeepSpeedEngine, saved: Saved, world: World) -> None:
         for name in list(saved.meta["files"])[world.rank :: world.size]:
             verify_file(saved.folder / name, saved.meta["files"][name])
 
-    world.together(verify, CheckpointError)
+    if not saved.verified:
+        world.together(verify, CheckpointError)
     # No collective in here: a rank that can't read must not leave the others waiting in one.
     world.together(lambda: _load_state(engine, saved), CheckpointError)
     state.refresh_weights(engine)
 
 
-def newest_of_run(root: Path, total_steps: int, layout: BatchLayout) -> Saved | None:
-    """Where the run goes on. Raises ConfigError when that is past its end."""
-    saved = newest_complete(root)
-    if saved is None and (torn := [path.name for path in root.glob("step-*") if path.suffix != PARTIAL]):
-        raise CheckpointError(
-            f"{root}: holds {', '.join(sorted(torn))}, but no whole checkpoint; bring one back, or remove the folder "
-            "to start the run from step 0"
-        )
-    if saved and saved.meta["cursor"] != saved.step * layout.blocks_per_step:
-        raise CheckpointError(
-            f"{saved.folder}: its cursor {saved.meta['cursor']} is not that of step {saved.step} with "
-            f"{layout.blocks_per_step} blocks a step; remove it to go on from the one before"
-        )
-    if saved and saved.step > total_steps:
-        raise ConfigError(
-            f"train.steps: the run is {total_steps} steps long, its checkpoint {saved.folder} is at step {saved.step}; "
-            "ask for more steps, or start a new run with run.name=NAME"
-        )
-    return saved
-
-
 def rotate(root: Path, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep` whole checkpoints and those whose step is a multiple of `keep_every`.
 
-    Torn checkpoints and unfinished ones of earlier starts go too; a folder of another name is not ours. Raises
-    CheckpointError.
+    Torn checkpoints and unfinished ones of earlier starts go too; what can't be read, and a folder of another name,
+    stay. Raises CheckpointError.
     """
     for folder in root.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
-    found = folders(root)
-    whole = [folder for folder in found if is_complete(folder)]
-    for folder in found:
+    whole, torn = [], []
+    for folder in folders(root):
+        try:
+            whole.append(open_checkpoint(folder).folder)
+        except Torn:
+            torn.append(folder)
+        except CheckpointError as error:
+            log.warning("not deleted: %s", error)
+    for folder in whole + torn:
         step = int(folder.name.removeprefix("step-"))
         if folder not in whole[-keep:] and not (folder in whole and keep_every and step % keep_every == 0):
             try:

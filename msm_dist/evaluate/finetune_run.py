@@ -15,6 +15,7 @@ from msm_dist import monitor
 from msm_dist.config import BatchLayout
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import checkpoint, preempt, state
+from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.engine.saving import Saver
 from msm_dist.engine.world import World
@@ -78,7 +79,7 @@ def build(
     }
     world.on_main(lambda: compare_config(folder, cfg, MAY_CHANGE))
     world.on_main(lambda: compare_identity(cfg, identity))
-    saved = world.on_main(lambda: checkpoint.newest_of_run(folder / "checkpoints", total_steps, layout))
+    saved = newest_of_run(folder / "checkpoints", total_steps, layout, world)
     valid_clips, test_clips = labelled.clips(spread(parts.valid, cfg.train.valid_clips)), labelled.clips(parts.test)
     scores = world.on_main(lambda: allowed_scores(labelled, valid_clips, test_clips))
     if saved is None:

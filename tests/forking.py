@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -47,10 +48,11 @@ class Forked:
 class Forker:
     """The process that forks. To be closed; the ranks end with it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None):
+        """`environment` is its own beyond that of this process: what holds from its start on, such as LD_PRELOAD."""
         self._folder = folder
         self._count = 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

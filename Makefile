@@ -99,7 +99,7 @@ test: ready ## run all the tests that this machine can run
 
 # make test takes a few cells of this matrix, and of fine-tuning's. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py tests/test_finetune.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py tests/test_divergence_engine.py tests/test_finetune.py $(PYTEST_ARGS)
 
 # Part of `make test` where root and Slurm's packages are there; this one installs them, on Debian and Ubuntu.
 test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, requeues, power cuts; needs root

@@ -215,6 +215,12 @@ class Optim(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     """Decoupled weight decay; none on 1-D tensors and biases."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest global gradient norm; none: no clipping."""
+    max_skipped_updates: int = Field(0, ge=0)
+    """Updates of a run that may be left out as their loss or gradient is not finite or past a bound; then it stops."""
+    skip_loss_above: float | None = Field(None, gt=0)
+    """Leave out an update whose loss, the mean of the global batch, is above this; none: no such bound."""
+    skip_norm_above: float | None = Field(None, gt=0)
+    """Leave out an update whose global gradient norm, before clipping, is above this; none: no such bound."""
 
 
 class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
@@ -510,6 +516,7 @@ def _conflicts(cfg: Config) -> Iterable[str]:
     if cfg.probe.every and not cfg.probe.data:
         yield f"probe.every = {cfg.probe.every}: needs labelled clips, probe.data=FOLDER; probe.every=0 goes without"
     yield from engine_conflicts(cfg.engine, cfg.train.precision)
+    yield from bound_conflicts(cfg.optim, cfg.train.precision)
 
 
 def length_conflicts(train: BaseModel, optim: BaseModel) -> Iterable[str]:
@@ -563,6 +570,16 @@ def engine_conflicts(engine: Engine, precision: str) -> Iterable[str]:
     if engine.deepspeed:
         return
     yield from stage_conflicts(engine.zero_stage, engine.offload, precision)
+
+
+def bound_conflicts(optim: Optim, precision: str) -> Iterable[str]:
+    """Bounds on an update that the precision has no place for."""
+    for name in ("skip_loss_above", "skip_norm_above"):
+        if precision == "fp16" and getattr(optim, name) is not None:
+            yield (
+                f"optim.{name} = {getattr(optim, name)}: with train.precision = fp16 an update left out halves the "
+                "loss scale, which is for overflows; take bf16, or leave the bound out"
+            )
 
 
 def stage_conflicts(stage: int, offload: str, precision: str) -> Iterable[str]:

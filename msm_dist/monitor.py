@@ -121,7 +121,7 @@ class Monitor:
             self._board.flush()
 
     def _progress(self, step: int, values: Mapping[str, float]) -> Iterator[str]:
-        yield f"loss {values['loss']:.4f}"
+        yield f"loss {values['loss']:.4f}" if "loss" in values else "loss not finite, update left out"
         yield f"lr {values['lr']:.2e}"
         if "clips_per_second" in values:
             yield f"{values['clips_per_second']:,.1f} clips/s"

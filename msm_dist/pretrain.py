@@ -27,7 +27,7 @@ from msm_dist.data.storage import access_of, is_remote
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
-from msm_dist.engine.divergence import raise_diverged
+from msm_dist.engine.divergence import UpdateGuard
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
@@ -67,6 +67,7 @@ class Training:
     probe: OnlineProbe | None
     monitor: monitor.Monitor
     saver: Saver
+    guard: UpdateGuard
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
@@ -124,17 +125,16 @@ def train(run: Training) -> int:
             loss = torch.zeros((), device=run.world.device)
             for batch in batches:
                 output = forward(run, batch)
-                # A loss that is not finite makes its gradients so too: then DeepSpeed's check sees it.
+                loss += output.loss.detach() / len(batches)
                 with part("backward"):
-                    engine.backward(output.loss * (output.loss.detach() * 0 + 1))
+                    engine.backward(run.guard.judged(output.loss, loss, is_last=batch is batches[-1]))
                 with part("update"):
                     engine.step()
-                loss += output.loss.detach() / len(batches)
                 run.bad_samples += batch.num_bad
                 run.missing_samples += batch.num_missing
                 trace(run.step + 1, batch, output)
             run.step += 1
-            stop_if_skipped(run, lr, batches)
+            stop_if_skipped(run, lr, loss, batches)
 
             last = run.step == total_steps
             if last or run.step % cfg.train.log_every == 0:
@@ -173,11 +173,9 @@ def forward(run: Training, batch: Batch) -> Output:
         return run.engine(spectrogram, sample_ids=sample_ids)
 
 
-def stop_if_skipped(run: Training, lr: float, batches: Sequence[Batch]) -> None:
-    """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
-    if state.was_refused(run.engine):
-        keys = [key for batch in batches for key in batch.keys]
-        raise_diverged(run.world, run.cfg.run.folder, run.step, lr, keys)
+def stop_if_skipped(run: Training, lr: float, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+    """Record an update that was left out; raise Diverged on all ranks when it is one too many."""
+    run.guard.note(run.step, lr, loss, [key for batch in batches for key in batch.keys])
 
 
 def log_training(
@@ -191,10 +189,11 @@ def log_training(
     rate = rates["clips_per_second"] / world.size
     norm, scale = float(run.engine.get_global_grad_norm()), state.loss_scale(run.engine)
     values = {
-        "loss": loss_sum / world.size,
+        # Where an update was left out, neither need be finite.
+        **({"loss": loss_sum / world.size} if math.isfinite(loss_sum) else {}),
         "lr": lr,
-        # Infinite where fp16 has left out the update.
         **({"grad_norm": norm} if math.isfinite(norm) else {}),
+        **run.guard.counts,
         **rates,
         **({"mfu": flops_per_clip(cfg, masking) * rate / run.matrix_rate} if run.is_configured else {}),
         **({"loss_scale": scale["cur_scale"]} if scale else {}),
@@ -282,6 +281,7 @@ def save(run: Training, complete: bool = False) -> None:
         "mean": run.corpus.features.mean,
         "std": run.corpus.features.std,
         "corpus": corpus_identity(run.corpus),
+        "skipped_updates": run.guard.skipped,
     }
     run.saver.begin(run.engine, run.step, extra, run.monitor.sync)
     if complete:
@@ -345,6 +345,7 @@ def build(
     else:
         state.reset(engine, initial)
     step = saved.step if saved else 0
+    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.meta.get("skipped_updates", []) if saved else [])
     front_end = LogMel(corpus.features).to(world.device)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
@@ -380,6 +381,7 @@ def build(
         online,
         metrics,
         saver,
+        guard,
         interruption,
         rate,
         is_configured,

@@ -10,6 +10,7 @@ KILL=export          ... before the export
 KILL=slow:S          nobody dies; a step takes S seconds longer
 KILL=disk:S          nobody dies; writing the state of a checkpoint takes S seconds longer
 KILL=nan:S, inf:S    nobody dies; the loss of KILL_RANK in step S is multiplied by that
+POISON=nan:S,1e9:S   beside what KILL says: the loss of POISON_RANK in each such step S is multiplied by that
 KILL=truncate:S      nobody dies; after step S KILL_RANK cuts the shards short
 KILL=stuck:S         nobody dies; the loader worker of KILL_RANK blocks for ever in the read of step S
 KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
@@ -36,6 +37,10 @@ from msm_dist.errors import DataError
 
 what, _, number = os.environ.get("KILL", "").partition(":")
 mine = os.environ.get("KILL_RANK", "0") in (os.environ.get("RANK", "0"), "all")
+poison = {}
+if os.environ.get("POISON_RANK", "0") in (os.environ.get("RANK", "0"), "all"):
+    words = [word.split(":") for word in os.environ.get("POISON", "").split(",") if word]
+    poison = {int(step): float(factor) for factor, step in words}
 writes = steps = 0
 STEPS_BESIDE = 3
 BLOCKS_PER_STEP = 4
@@ -77,8 +82,8 @@ def slow_disk(path, tensors):
 
 def poisoned(run, batch):
     output = forward(run, batch)
-    if run.step + 1 == int(number):
-        output = output._replace(loss=output.loss * float(what))
+    if factor := poison.get(run.step + 1):
+        output = output._replace(loss=output.loss * factor)
     return output
 
 
@@ -145,6 +150,8 @@ if mine and what == "step":
 if what == "slow":
     pretrain.stop_if_skipped = slowly
 if mine and what in ("nan", "inf"):
+    poison[int(number)] = float(what)
+if poison:
     pretrain.forward = poisoned
 if mine and what in ("truncate", "both"):
     pretrain.stop_if_skipped = truncating

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "data.verify",
     "model.backend",
     "model.activation_checkpointing",
+    "optim.max_skipped_updates",
     "train.steps",
     "train.epochs",
     "train.micro_batch",

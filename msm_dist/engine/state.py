@@ -87,10 +87,11 @@ def adam_states(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, Tensor]]:
 
 
 def was_refused(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Whether an update was left out for a non-finite gradient; in fp16, whether the smallest loss scale is reached."""
+    """Whether the last update was left out for its gradient; in fp16, whether at the smallest loss scale too."""
     scaler = _loss_scaler(engine)
     if scaler is None:
-        return engine.skipped_steps > 0
+        # Before its first step torch's AdamW, which stage 0 has, knows of no overflow.
+        return getattr(engine.optimizer, "overflow", False)
     return engine.optimizer.overflow and scaler.cur_scale <= scaler.min_scale
 
 

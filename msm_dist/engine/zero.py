@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol
 import deepspeed
 import msm_configs
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import nn
@@ -189,6 +191,66 @@ def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def refuse_norms_above(engine: deepspeed.DeepSpeedEngine, bound: float) -> None:
+    """From now on leave out an update whose global gradient norm, before clipping, is above `bound`.
+
+    Where DeepSpeed judges the norm it is told of an infinite one instead. It reads the norm in every update, so that
+    the host waits for the device no more often than before.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer.norm_bound = bound
+
+    def judged(norm: torch.Tensor, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        optimizer.norm_found = norm
+        return [torch.where(norm > bound, torch.inf, value) for value in norms]
+
+    if isinstance(optimizer, BF16_Optimizer):
+        of_norm = optimizer.get_grads_for_norm
+
+        def grads_for_norm(for_clipping: bool = False) -> Any:
+            if for_clipping:
+                return of_norm(for_clipping)
+            grads, others = of_norm()
+            # One gradient tells of the norm; a copy of it, as the others' numbers must stay.
+            smallest = min(range(len(grads)), key=lambda i: grads[i].numel())
+            grads[smallest] = judged(get_global_norm_of_tensors(grads), [grads[smallest]])[0]
+            return grads, others
+
+        optimizer.get_grads_for_norm = grads_for_norm
+    elif stage == 3:
+        of_groups = optimizer._get_norm_groups
+
+        def norm_groups() -> list[torch.Tensor]:
+            norms = of_groups()
+            return judged(combine_grad_norm_groups(norms), norms)
+
+        optimizer._get_norm_groups = norm_groups
+    elif stage:
+        of_all = optimizer.scaled_global_norm
+
+        def norm_of_all() -> torch.Tensor:
+            norm = of_all()
+            return judged(norm, [norm])[0]
+
+        optimizer.scaled_global_norm = norm_of_all
+
+
+def take_norm_found(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
+    """The gradient norm that was compared with a bound in the last update, if one was; to be asked for once."""
+    norm, engine.optimizer.norm_found = getattr(engine.optimizer, "norm_found", None), None
+    return norm
+
+
+def forget_refused(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Drop the gradients of an update that was left out, where DeepSpeed would add the next ones to them.
+
+    0.19.8 does so in 16 bit with the optimiser offloaded at stages 1 and 2.
+    """
+    if engine.zero_optimization_stage() in (1, 2) and getattr(engine.optimizer, "cpu_offload", False):
+        sums = engine.optimizer.averaged_gradients
+        sums.update(dict.fromkeys(sums))
+
+
 def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
     """What the other stages do around Adam's step: clip, keep the norm, leave out a non-finite update.
 
@@ -198,8 +260,9 @@ def _clip_or_refuse(clip_norm: float | None) -> Callable[[torch.optim.Optimizer,
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
-        optimizer._global_grad_norm = norm
-        optimizer.overflow = not bool(norm.isfinite())
+        optimizer.norm_found = norm
+        optimizer.overflow = not bool(norm.isfinite() & (norm <= getattr(optimizer, "norm_bound", math.inf)))
+        optimizer._global_grad_norm = math.inf if optimizer.overflow else norm
         if optimizer.overflow:
             for parameter in parameters:
                 parameter.grad = None  # torch's AdamW passes over it, decay and all

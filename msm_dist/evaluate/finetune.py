@@ -25,7 +25,6 @@ from msm_dist import monitor
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import preempt, state
 from msm_dist.engine.console import outliving_readers
-from msm_dist.engine.divergence import raise_diverged
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import locked, refuse_if_taken
 from msm_dist.engine.world import join_world, leave_world, noticing_lost_peers
@@ -94,14 +93,13 @@ def train(run: Finetuning) -> int:
             loss = torch.zeros((), device=run.world.device)
             for batch in batches:
                 output = forward(run, batch)
-                # A loss that is not finite makes its gradients so too: then DeepSpeed's check sees it.
+                loss += output.loss.detach() / len(batches)
                 with part("backward"):
-                    engine.backward(output.loss * (output.loss.detach() * 0 + 1))
+                    engine.backward(run.guard.judged(output.loss, loss, is_last=batch is batches[-1]))
                 with part("update"):
                     engine.step()
-                loss += output.loss.detach() / len(batches)
             run.step += 1
-            stop_if_skipped(run, lr, batches)
+            stop_if_skipped(run, lr, loss, batches)
 
             last = run.step == total_steps
             if last or run.step % cfg.train.log_every == 0:
@@ -149,11 +147,9 @@ def forward(run: Finetuning, batch: LabelledBatch) -> classifier.Output:
         return run.engine(spectrogram, batch.targets, batch.ids_keep)
 
 
-def stop_if_skipped(run: Finetuning, lr: float, batches: Sequence[LabelledBatch]) -> None:
-    """Raise Diverged on all ranks when DeepSpeed left out the update because of a non-finite gradient."""
-    if state.was_refused(run.engine):
-        keys = [key for batch in batches for key in batch.keys]
-        raise_diverged(run.world, run.cfg.run.folder, run.step, lr, keys)
+def stop_if_skipped(run: Finetuning, lr: float, loss: torch.Tensor, batches: Sequence[LabelledBatch]) -> None:
+    """Record an update that was left out; raise Diverged on all ranks when it is one too many."""
+    run.guard.note(run.step, lr, loss, [key for batch in batches for key in batch.keys])
 
 
 def log_training(run: Finetuning, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
@@ -163,10 +159,11 @@ def log_training(run: Finetuning, loss: torch.Tensor, lr: float, watch: monitor.
     rates = watch.lap(steps, steps * cfg.train.global_batch, run.cut.num_samples / run.cut.sample_rate)
     norm, scale = float(run.engine.get_global_grad_norm()), state.loss_scale(run.engine)
     values = {
-        "loss": loss_sum / world.size,
+        # Where an update was left out, neither need be finite.
+        **({"loss": loss_sum / world.size} if math.isfinite(loss_sum) else {}),
         "lr": lr,
-        # Infinite where fp16 has left out the update.
         **({"grad_norm": norm} if math.isfinite(norm) else {}),
+        **run.guard.counts,
         **rates,
         "mfu": flops_per_clip(run) * rates["clips_per_second"] / world.size / run.matrix_rate,
         **({"loss_scale": scale["cur_scale"]} if scale else {}),
@@ -227,7 +224,7 @@ def judge(run: Finetuning, loader: Loader, num_clips: int, scores: Sequence[str]
 def save(run: Finetuning, complete: bool = False) -> None:
     """Begin to write a checkpoint, or wait until it is complete. A collective."""
     run.world.on_main(lambda: refuse_if_taken(run.cfg.run.folder))
-    extra = {"cursor": run.step * run.cfg.train.global_batch}
+    extra = {"cursor": run.step * run.cfg.train.global_batch, "skipped_updates": run.guard.skipped}
     run.saver.begin(run.engine, run.step, extra, run.monitor.sync)
     if complete:
         run.saver.finish()

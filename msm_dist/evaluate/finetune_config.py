@@ -19,6 +19,7 @@ from msm_dist.config import (
     Engine,
     Optim,
     Run,
+    bound_conflicts,
     engine_conflicts,
     length_conflicts,
     read_settings,
@@ -162,6 +163,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "model.backend",
     "model.activation_checkpointing",
+    "optim.max_skipped_updates",
     "train.steps",
     "train.epochs",
     "train.micro_batch",
@@ -219,6 +221,7 @@ def _conflicts(cfg: FinetuneConfig) -> Iterable[str]:
         yield f"data.valid = {cfg.data.valid}: is for labelled shards, which need data.test too; give data.test"
     yield from length_conflicts(cfg.train, cfg.optim)
     yield from engine_conflicts(cfg.engine, cfg.train.precision)
+    yield from bound_conflicts(cfg.optim, cfg.train.precision)
 
 
 def _name(weights: str, task: str, fold: Any) -> str:

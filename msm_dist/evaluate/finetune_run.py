@@ -15,6 +15,7 @@ from msm_dist import monitor
 from msm_dist.config import BatchLayout
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import checkpoint, preempt, state
+from msm_dist.engine.divergence import UpdateGuard
 from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.engine.saving import Saver
@@ -53,6 +54,7 @@ class Finetuning:
     scores: Scores
     monitor: monitor.Monitor
     saver: Saver
+    guard: UpdateGuard
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
@@ -90,6 +92,7 @@ def build(
     if saved:
         checkpoint.load(engine, saved, world)
     step = saved.step if saved else 0
+    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.meta.get("skipped_updates", []) if saved else [])
     valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
@@ -117,6 +120,7 @@ def build(
         scores,
         metrics,
         saver,
+        guard,
         interruption,
         rate,
         step,

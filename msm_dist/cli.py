@@ -247,11 +247,17 @@ def gather(
 
 
 @app.command()
-def doctor(fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False) -> None:
-    """Check the machine and the installation, and say what to do."""
-    from msm_dist.doctor import run_doctor
+def doctor(
+    where: Annotated[
+        str, typer.Argument(metavar="[RUN|SHARDS|ENV]", help="A run folder, shards (also a pattern, a URL), or env.")
+    ] = "env",
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired of the installation.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes, no digests.")] = False,
+) -> None:
+    """Check a run folder, a data set or this machine, and say what to do. Exit code 2 if something must be done."""
+    from msm_dist.doctor_where import examine
 
-    raise typer.Exit(run_doctor(fix))
+    raise typer.Exit(examine(where, fix, quick))
 
 
 def spread_sweep(words: Sequence[str]) -> list[str]:

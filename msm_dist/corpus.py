@@ -8,8 +8,8 @@ shards of all, its plan mixes theirs, its statistics are those of the mixture th
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ from msm_dist.config import BatchLayout, Config, Data, Features
 from msm_dist.data.index import ACCESS, Index, Official, check_shards, load_index
 from msm_dist.data.mix import MixedPlan, make_mix
 from msm_dist.data.plan import Plan, check_lanes, make_plan
-from msm_dist.data.storage import Access, access_of, is_remote, split
+from msm_dist.data.storage import Access, Stamp, access_of, is_remote, split, stamps
 from msm_dist.errors import ConfigError, DataError
 
 
@@ -34,6 +34,8 @@ class Corpus:
     warmup_steps: float
     sources: tuple[Index, ...]
     """Of each of them; the one index without data.mix."""
+    stamped: Mapping[str, Stamp] = field(default_factory=dict)
+    """What the shards of this machine were at the start: they are to stay so (see `stamp`)."""
 
 
 def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
@@ -55,6 +57,11 @@ def open_corpus(cfg: Config, layout: BatchLayout) -> Corpus:
         front_end_settings(cfg.features, source)
     features = front_end_settings(cfg.features, index)
     return Corpus(index, plan, features, frozenset(missing), total_steps, warmup, sources)
+
+
+def stamp(corpus: Corpus) -> Corpus:
+    """The same, held to what its shards are now, as this machine sees them; before anything else is made of them."""
+    return replace(corpus, stamped=stamps(shard.location for shard in corpus.index.shards))
 
 
 def check_digests(index: Index, rank: int, world_size: int, access: Access = ACCESS) -> None:

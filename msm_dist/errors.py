@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 
 class MsmError(Exception):
@@ -21,8 +22,19 @@ class ConfigError(MsmError):
     """The configuration is wrong or contradicts the corpus, the run folder or the machine."""
 
 
+class ChangedShard(NamedTuple):
+    """A shard that others changed under a run: what it has to be again."""
+
+    name: str
+    location: str
+    sha256: str
+
+
 class DataError(MsmError):
     """The corpus is missing, damaged or not what its index says."""
+
+    changed: tuple[ChangedShard, ...] = ()
+    """The shards that were overwritten, replaced, truncated or deleted while they were read."""
 
 
 class CheckpointError(MsmError):

@@ -87,6 +87,7 @@ def feeding(
         start_step=start_step,
         missing=corpus.missing,
         while_late=give_up_when_stopping,
+        stamped=corpus.stamped,
     )
     with contextlib.closing(loader):
         feed = Feed(loader, layout.accumulation, corpus.total_steps - start_step, interruption)

@@ -21,8 +21,9 @@ import deepspeed
 import torch
 
 from msm_dist import extension, monitor
+from msm_dist.changed import check_restored, recording_changed
 from msm_dist.config import BatchLayout, Config, batch_layout, load_config
-from msm_dist.corpus import Corpus, check_digests, corpus_identity, open_corpus, plan_identity
+from msm_dist.corpus import Corpus, check_digests, corpus_identity, open_corpus, plan_identity, stamp
 from msm_dist.data.storage import access_of, is_remote
 from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
@@ -94,6 +95,8 @@ def pretrain(cfg: Config, build_model: BuildModel = configured_model) -> int:
         layout = batch_layout(cfg, world.size)
         corpus = world.on_main(lambda: open_corpus(cfg, layout))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
+        corpus = stamp(corpus)
+        stack.enter_context(recording_changed(cfg.run.folder, corpus, world.is_main))
         run = build(cfg, world, layout, corpus, interruption, build_model)
         stack.callback(run.monitor.close)
         stack.callback(run.saver.close)
@@ -317,12 +320,13 @@ def build(
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
     saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world)
+    access = access_of(cfg.data)
+    restored = check_restored(folder, corpus.index, access, world)
     if cfg.data.verify == "digest":
-        access = access_of(cfg.data)
         world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)
     model = extension.build_seeded(build_model, cfg)
     is_configured = extension.has_configured_parameters(model, cfg)
-    notes = [change] if change else []
+    notes = [*([change] if change else []), *restored]
     if not is_configured:
         notes.append("no mfu, and no Encoder.load of the export: the parameters are not those that model.* describes")
     initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}

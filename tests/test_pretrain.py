@@ -118,7 +118,7 @@ class Runs:
         return {file: (folder / file).read_bytes() for file in ("meta.json", "complete")}
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120, end_peers: bool = True) -> tuple[list[int], str]:
+def finish(processes: list[subprocess.Popen], timeout: float = 600, end_peers: bool = True) -> tuple[list[int], str]:
     """Exit codes and rank 0's output, other ranks' behind it."""
     deadline = time.monotonic() + timeout
     try:

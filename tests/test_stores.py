@@ -29,7 +29,7 @@ def test_every_file_comes_from_its_folder_in_the_order_asked_for(files, monkeypa
     opened = []
     open_store = stores_module.open_store
     monkeypatch.setattr(
-        stores_module, "open_store", lambda folder, access: opened.append(folder) or open_store(folder, access)
+        stores_module, "open_store", lambda folder, *rest: opened.append(folder) or open_store(folder, *rest)
     )
     store, names = FolderStores(Access()), [*files, *reversed(files)]
     spans = [Span(name, len(files[name]), 0, len(files[name])) for name in names]

@@ -2,13 +2,15 @@
 
 In: a Source and samples (epoch, clip, crop), or numbers of blocks of the plan. Out: crops of int16 audio, or of
 stored uint8 log-mel. A clip that can't be decoded is no failure: the plan's rule replaces it, it is counted, and
-logged once per process. Fails with DataError on a shard that vanished, changed its size or can't be read, and on a
-long stretch of the plan without a readable clip.
+logged once per process. Fails with DataError on a shard that vanished, changed its size or can't be read, on one that
+others have written to since the run began (`changed` names it; no crop of it is handed out), and on a long stretch of
+the plan without a readable clip.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +20,9 @@ from msm_dist.data.audio import BadClip, Packed, decode_crops, num_target_sample
 from msm_dist.data.index import Index, Shard, tables
 from msm_dist.data.logmel import check_rows, crop_spans, fill_crop
 from msm_dist.data.plan import Plan, crop_offset, fill_block
-from msm_dist.data.storage import Access, Span
+from msm_dist.data.storage import Access, Span, Stamp
 from msm_dist.data.stores import FolderStores
-from msm_dist.errors import DataError
+from msm_dist.errors import ChangedShard, DataError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,11 @@ MAX_SAMPLES = 2**40  # of a clip, by its sidecar
 
 @dataclass(frozen=True)
 class Source:
-    """What is read and how it is cut. `missing`: numbers of the shards known to be absent (check_shards)."""
+    """What is read and how it is cut.
+
+    `missing`: numbers of the shards known to be absent (check_shards). `stamped`: what shards were when the run began;
+    without, a shard is to stay as it is when it is first read.
+    """
 
     plan: Plan
     index: Index
@@ -39,6 +45,7 @@ class Source:
     crop_frames: int
     missing: frozenset[int] = frozenset()
     access: Access = Access()
+    stamped: Mapping[str, Stamp] = field(default_factory=dict)
 
 
 class Crop(NamedTuple):
@@ -108,12 +115,13 @@ class CropReader:
 
     def __init__(self, source: Source):
         self._source = source
-        self._store = FolderStores(source.access)
+        self._store = FolderStores(source.access, source.stamped)
         self._known: dict[int, _Table] = {}
         self._known_bytes = 0
         self._missing = np.array(sorted(source.missing), np.int64)
         self._like = no_crop(source.index.kind, source.features, source.crop_frames)
         self._reported: set[int] = set()
+        self._used: set[int] = set()
 
     def read(self, sample_ids: np.ndarray) -> list[Crop | None]:
         """The crops of int64 [n, 3] samples; None where the clip can't be decoded or its shard is missing.
@@ -121,7 +129,8 @@ class CropReader:
         Raises DataError if a shard vanished, changed its size or can't be read.
         """
         values = self._room(len(sample_ids))
-        found = self._read(sample_ids, values)
+        with self._confirmed():
+            found = self._read(sample_ids, values)
         crops = zip(values, found.offsets.tolist(), found.keys, found.good.tolist(), strict=True)
         return [Crop(*crop) if good else None for *crop, good in crops]
 
@@ -130,9 +139,13 @@ class CropReader:
 
         Raises DataError as `read` and `fill_block` do.
         """
-        plan, size = self._source.plan, self._source.plan.block
-        sample_ids = np.concatenate([plan.block_samples(number) for number in numbers])
+        sample_ids = np.concatenate([self._source.plan.block_samples(number) for number in numbers])
         values = self._room(len(sample_ids)) if values is None else values
+        with self._confirmed():
+            return self._blocks(numbers, sample_ids, values)
+
+    def _blocks(self, numbers: Sequence[int], sample_ids: np.ndarray, values: np.ndarray) -> Blocks:
+        plan, size = self._source.plan, self._source.plan.block
         found = self._read(sample_ids, values)
         num_bad = num_missing = 0
         for i in np.flatnonzero(~found.good.reshape(-1, size).all(axis=1)).tolist():
@@ -145,6 +158,29 @@ class CropReader:
             num_missing += absent
             num_bad += len(shards) - absent
         return Blocks(np.repeat(numbers, size), sample_ids, values, found.offsets, found.keys, num_bad, num_missing)
+
+    @contextmanager
+    def _confirmed(self) -> Iterator[None]:
+        """Raise DataError after the block where a shard it read was changed, also where that made it fail."""
+        self._used.clear()
+        try:
+            yield
+        except DataError:
+            self._confirm()
+            raise
+        self._confirm()
+
+    def _confirm(self) -> None:
+        shards = [self._source.index.shards[number] for number in self._used]
+        changes = self._store.confirm([shard.location for shard in shards])
+        if changed := [shard for shard in shards if shard.location in changes]:
+            told = [f"{shard.location} {changes[shard.location]} (sha256 {shard.sha256})" for shard in changed]
+            error = DataError(
+                f"{'; '.join(told)} since the run began; nothing of it is trained on. Restore it as it was, with that "
+                "sha256, and start again: the run continues from its last checkpoint"
+            )
+            error.changed = tuple(ChangedShard(shard.name, shard.location, shard.sha256) for shard in changed)
+            raise error
 
     def _fill(self, number: int, sample_ids: np.ndarray, values: np.ndarray, found: _Read) -> np.ndarray:
         """Replace in place what can't be served of a block that was read; returns which slots: bool [block]."""
@@ -192,7 +228,9 @@ class CropReader:
         good = ~np.isin(numbers, self._missing)
         here = np.flatnonzero(good)
         places = places.tolist()
-        known = self._tables(np.unique(numbers[here]).tolist())
+        shards = np.unique(numbers[here]).tolist()
+        self._used.update(shards)
+        known = self._tables(shards)
         clips = [(known[number], places[i]) for i, number in zip(here.tolist(), numbers[here].tolist(), strict=True)]
         lengths = np.array([table.lengths[place] for table, place in clips], np.int64)
         padded = np.maximum(lengths, source.features.hop * (frames - 1))

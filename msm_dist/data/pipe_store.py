@@ -101,6 +101,10 @@ class PipeFiles:
         self._keep(shards)
         return [memoryview(shards[span.location])[span.start : span.stop] for span in spans]
 
+    def confirm(self, locations: Sequence[str]) -> dict[str, str]:
+        """None changes: what was streamed is this process' own copy."""
+        return {}
+
     def _at_once(self, work: Sequence[tuple[str, Callable]]) -> list:
         return at_once(work, self._access)
 

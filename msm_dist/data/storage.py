@@ -3,18 +3,21 @@
 In: locations, each a local path or a URL, and ranges of bytes in them. Out: those bytes. A store belongs to one
 process and is made in it: loader workers are forked, and neither connections nor locks may be shared. Fails with
 FileNotFoundError where there is no such file, with DataError on a file of another size than the index says, on one
-that still can't be read after retries, and on a command that is not permitted.
+that still can't be read after retries, and on a command that is not permitted. `confirm` tells files that others have
+changed since they were first seen, so that nothing is made of their bytes.
 
     LocalFiles            paths: memory-mapped
     remote.RemoteFiles    URLs: parallel requests, retried; made by http_transport (http, https) or fsspec_transport
     pipe_store.PipeFiles  shell commands, where they are permitted: whole shards in temporary files
 """
 
+import errno
 import itertools
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -55,6 +58,13 @@ class Span(NamedTuple):
     stop: int
 
 
+class Stamp(NamedTuple):
+    """What tells that a file was written to: the time of its last change, and its size."""
+
+    mtime_ns: int
+    size: int
+
+
 class Store(Protocol):
     """What the stores of this module can do."""
 
@@ -66,6 +76,24 @@ class Store(Protocol):
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order."""
+
+    def confirm(self, locations: Sequence[str]) -> dict[str, str]:
+        """Which of the files that were fetched are no longer those they were, and what happened to them.
+
+        To be asked once their bytes are used: they may be views of the file. It costs no request: what is behind a URL
+        has the size checked of every answer.
+        """
+
+
+def stamps(locations: Iterable[str]) -> dict[str, Stamp]:
+    """Of the files of this machine that are there: what LocalFiles is to confirm against."""
+    found = {}
+    for location in locations:
+        if not is_remote(location):
+            with suppress(OSError):
+                status = os.stat(location)
+                found[location] = Stamp(status.st_mtime_ns, status.st_size)
+    return found
 
 
 def is_remote(location: str) -> bool:
@@ -116,10 +144,13 @@ def check_location(location: str) -> None:
         )
 
 
-def open_store(location: str, access: Access) -> Store:
-    """The store for files at or below `location`. Raises DataError for a kind of URL that there is none for."""
+def open_store(location: str, access: Access, stamped: Mapping[str, Stamp] | None = None) -> Store:
+    """The store for files at or below `location`. Raises DataError for a kind of URL that there is none for.
+
+    `stamped`: what files of this machine were when the run began.
+    """
     if not is_remote(location):
-        return LocalFiles()
+        return LocalFiles(stamped)
     check_location(location)
     if location.startswith("pipe:"):
         if not access.allow_pipe:
@@ -148,8 +179,11 @@ def open_store(location: str, access: Access) -> Store:
 class LocalFiles:
     """Files of this machine, mapped into memory."""
 
-    def __init__(self) -> None:
-        self._mapped = lru_cache(MAX_OPEN_FILES)(_map)
+    def __init__(self, stamped: Mapping[str, Stamp] | None = None) -> None:
+        """`stamped`: what files were earlier; another one is what it was when it was first mapped."""
+        self._stamped = {} if stamped is None else stamped
+        self._seen: dict[str, tuple[int, Stamp]] = {}  # inode and stamp
+        self._mapped = lru_cache(MAX_OPEN_FILES)(self._map)
 
     def sizes(self, locations: Sequence[str]) -> list[int | None]:
         """Bytes of files, None where there is none."""
@@ -163,11 +197,38 @@ class LocalFiles:
         """The bytes of spans, in their order: views of the files. Raises DataError."""
         return [self._view(span) for span in spans]
 
+    def confirm(self, locations: Sequence[str]) -> dict[str, str]:
+        """Which of the files were overwritten, replaced, truncated or deleted since they were first seen.
+
+        By inode, time of change and size: one stat each. Raises DataError where that is not to be had.
+        """
+        return {location: change for location in locations if (change := self._change(location))}
+
+    def _change(self, location: str) -> str | None:
+        inode, stamp = self._seen.get(location) or (None, self._stamped.get(location))
+        if stamp is None:
+            return None
+        status = _status(location)
+        if status is None:
+            return "was deleted"
+        if status.st_size != stamp.size:
+            return f"has {status.st_size} bytes, its index says {stamp.size}"
+        if inode is not None and status.st_ino != inode:
+            return "was replaced by another file"
+        return None if status.st_mtime_ns == stamp.mtime_ns else "was written to"
+
     def _view(self, span: Span) -> memoryview:
         content = self._mapped(span.location, span.size)
         # Touching a page beyond the end of a file that shrank would kill the process.
         check_size(span.location, content.size(), span.size)
         return memoryview(content)[span.start : span.stop]
+
+    def _map(self, location: str, size: int) -> mmap.mmap:
+        content, status = _map(location, size)
+        # It may have been mapped before, and put away for another one.
+        stamp = self._seen[location][1] if location in self._seen else self._stamped.get(location)
+        self._seen[location] = (status.st_ino, stamp or Stamp(status.st_mtime_ns, status.st_size))
+        return content
 
 
 def check_size(location: str, found: int, expected: int) -> None:
@@ -183,12 +244,32 @@ def _is_http(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
-def _map(location: str, size: int) -> mmap.mmap:
+def _status(location: str) -> os.stat_result | None:
+    """What the file system says of a file, None where it is gone. Raises DataError."""
+    for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
+        try:
+            return os.stat(location)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return None
+            fault = error.strerror
+        if pause is not None:
+            time.sleep(pause)
+    raise DataError(
+        f"{location}: can't be looked at ({fault}), tried {OPEN_RETRIES + 1} times; mend that and start again: the run "
+        "continues from its last checkpoint"
+    )
+
+
+def _map(location: str, size: int) -> tuple[mmap.mmap, os.stat_result]:
     for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
         try:
             with open(location, "rb") as file:
-                check_size(location, os.fstat(file.fileno()).st_size, size)
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                status = os.fstat(file.fileno())
+                check_size(location, status.st_size, size)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), status
         except OSError as error:
             fault = error.strerror
         if pause is not None:

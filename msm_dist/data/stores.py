@@ -4,16 +4,17 @@ In: locations, each in the folder of one of its sources. Out: what the store of 
 the first file of the folder is asked for. Like any store it belongs to the process that made it. Fails as those do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from msm_dist.data.storage import Access, Span, Store, open_store, split
+from msm_dist.data.storage import Access, Span, Stamp, Store, open_store, split
 
 
 class FolderStores:
     """A store that hands every file to the one of its folder."""
 
-    def __init__(self, access: Access):
+    def __init__(self, access: Access, stamped: Mapping[str, Stamp] | None = None):
         self._access = access
+        self._stamped = stamped
         self._stores: dict[str, Store] = {}
 
     def read(self, locations: Sequence[str]) -> list[bytes]:
@@ -32,6 +33,13 @@ class FolderStores:
                 found[place] = content
         return found
 
+    def confirm(self, locations: Sequence[str]) -> dict[str, str]:
+        """Which of the files are no longer those they were when they were first seen. Raises DataError."""
+        changed: dict[str, str] = {}
+        for store, places in self._grouped(locations):
+            changed |= store.confirm([locations[place] for place in places])
+        return changed
+
     def _grouped(self, locations: Sequence[str]) -> list[tuple[Store, list[int]]]:
         """Which of the locations each store has, by their places in the list."""
         places: dict[str, list[int]] = {}
@@ -42,7 +50,7 @@ class FolderStores:
     def _of(self, location: str) -> Store:
         folder = _folder(location)
         if folder not in self._stores:
-            self._stores[folder] = open_store(split(location)[0], self._access)
+            self._stores[folder] = open_store(split(location)[0], self._access, self._stamped)
         return self._stores[folder]
 
 

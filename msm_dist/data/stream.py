@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -34,7 +34,7 @@ from msm_dist.config import BatchLayout, Data, Features
 from msm_dist.data.crops import CropReader, Source, no_crop
 from msm_dist.data.index import Index
 from msm_dist.data.plan import Plan, check_lanes, micro_batch_blocks
-from msm_dist.data.storage import access_of
+from msm_dist.data.storage import Stamp, access_of
 from msm_dist.errors import DataError, MsmError
 
 PREFETCHED_BATCHES = 3  # per worker
@@ -158,15 +158,16 @@ def make_loader(
     start_step: int = 0,
     missing: Collection[int] = (),
     while_late: Callable[[], None] = lambda: None,
+    stamped: Mapping[str, Stamp] | None = None,
 ) -> Loader:
     """The micro-batches of `rank` from `start_step` on, in order, without end: layout.accumulation per step.
 
     data.num_workers processes read them ahead, or none (0): then nothing is late, as the read is the caller's own wait.
-    `missing`: shards known to be absent. Raises ConfigError if the plan's lanes don't spread evenly over ranks and
-    workers.
+    `missing`: shards known to be absent; `stamped`: what shards were when the run began. Raises ConfigError if the
+    plan's lanes don't spread evenly over ranks and workers.
     """
     check_lanes(plan, layout.world_size, data.num_workers)
-    source = Source(plan, index, features, data.crop_frames, frozenset(missing), access_of(data))
+    source = Source(plan, index, features, data.crop_frames, frozenset(missing), access_of(data), stamped or {})
     pipeline = webdataset.DataPipeline(
         partial(_micro_batches, layout, rank, start_step), partial(_read, source), _faults_as_items
     )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from msm_dist.engine.preempt import watch_launcher
-from msm_dist.errors import ConfigError, MsmError, PeerLost
+from msm_dist.errors import ConfigError, DataError, MsmError, PeerLost
 
 T = TypeVar("T")
 
@@ -89,15 +89,21 @@ class World:
         return outcome[0]  # type: ignore[return-value]
 
     def together(self, action: Callable[[], T], kind: type[MsmError]) -> T:
-        """Run `action` on every rank; when it raises an MsmError on any, all raise `kind` with its message."""
-        result, fault = None, ""
+        """Run `action` on every rank; when it raises an MsmError on any, all raise `kind` with its message.
+
+        A DataError names the shards that changed under any rank.
+        """
+        result, fault, changed = None, "", ()
         try:
             result = action()
         except MsmError as error:
             fault = f"rank {self.rank}: {error}" if self.size > 1 else str(error)
-        if found := [fault for fault in self.gather(fault) if fault]:
-            error = kind(found[0])
+            changed = error.changed if isinstance(error, DataError) else ()
+        if found := [(fault, changed) for fault, changed in self.gather((fault, changed)) if fault]:
+            error = kind(found[0][0])
             error.on_all_ranks = True
+            if isinstance(error, DataError):
+                error.changed = tuple(sorted({shard for _, shards in found for shard in shards}))
             raise error
         return result  # type: ignore[return-value]
 

@@ -17,9 +17,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from msm_dist.errors import ConfigError
+from msm_dist.plain import MAX_YAML, parse_yaml, shown
 
 REPORTED_AT_ONCE = 40
 PROFILED_AT_MOST = 100
+MAX_RATE = 768_000
+MOST_STEPS = 2**40
+LONGEST_CHAIN = 20
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -72,17 +76,17 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
     """Several corpora instead of data.shards, as folder: weight; a weight is that folder's share of the crops."""
     valid_shards: str | list[str] | None = None
     """Held-out shards for validation; none: no validation."""
-    lanes: int | None = Field(None, ge=1)
+    lanes: int | None = Field(None, ge=1, le=2**24)
     """Parallel streams the corpus is cut into; none: as many as the corpus allows."""
-    block: int = Field(8, ge=1)
+    block: int = Field(8, ge=1, le=2**20)
     """Consecutive crops taken from one lane."""
-    num_workers: int = Field(4, ge=0)
+    num_workers: int = Field(4, ge=0, le=1024)
     """Loader processes per rank; 0 loads in the training process."""
-    shuffle_window: int = Field(1024, ge=1)
+    shuffle_window: int = Field(1024, ge=1, le=2**30)
     """Clips within which a lane is permuted."""
-    crop_frames: int = Field(208, ge=1)
+    crop_frames: int = Field(208, ge=1, le=2**20)
     """Length of a crop in log-mel frames (208 = 2.08 s)."""
-    crops_per_clip: int = Field(1, ge=1)
+    crops_per_clip: int = Field(1, ge=1, le=2**20)
     """Crops cut from a clip each time it is served."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of clips that may fail to decode before the run stops."""
@@ -110,15 +114,15 @@ class Data(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attr
 class Features(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The log-mel front end (RECIPE of the method: 16 kHz, 25 ms window, 10 ms hop, 80 Slaney mels)."""
 
-    sample_rate: int = Field(16000, ge=1)
+    sample_rate: int = Field(16000, ge=1, le=MAX_RATE)
     """Samples per second."""
-    n_fft: int = Field(400, ge=2)
+    n_fft: int = Field(400, ge=2, le=2**18)
     """Points of the Fourier transform."""
-    win: int = Field(400, ge=2)
+    win: int = Field(400, ge=2, le=2**18)
     """Window length in samples."""
-    hop: int = Field(160, ge=1)
+    hop: int = Field(160, ge=1, le=2**18)
     """Step between frames in samples."""
-    n_mels: int = Field(80, ge=1)
+    n_mels: int = Field(80, ge=1, le=2**12)
     """Mel bands."""
     fmin: float = Field(50.0, ge=0)
     """Lowest frequency in Hz."""
@@ -147,17 +151,17 @@ class Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
 
     size: Literal["tiny", "base", "large", "huge", "giant"] | None = None
     """A named geometry."""
-    embed_dim: int | None = Field(None, ge=1)
+    embed_dim: int | None = Field(None, ge=1, le=2**16)
     """Encoder width."""
-    depth: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=256)
     """Encoder blocks."""
-    num_heads: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1, le=2**16)
     """Encoder heads."""
-    decoder_embed_dim: int | None = Field(None, ge=1)
+    decoder_embed_dim: int | None = Field(None, ge=1, le=2**16)
     """Decoder width; none: that of the size (of base for a custom encoder)."""
-    decoder_depth: int | None = Field(None, ge=1)
+    decoder_depth: int | None = Field(None, ge=1, le=256)
     """Decoder blocks; none: likewise."""
-    decoder_num_heads: int | None = Field(None, ge=1)
+    decoder_num_heads: int | None = Field(None, ge=1, le=2**16)
     """Decoder heads; none: likewise."""
     patch_size: str = "16x16"
     """Patch as frequency x time, in mel bands and frames."""
@@ -181,7 +185,7 @@ class Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     def _patch_size(cls, value: Any) -> Any:
         if isinstance(value, list | tuple) and len(value) == 2:
             value = f"{value[0]}x{value[1]}"
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(value)):
+        if not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", str(value)):
             raise ValueError("a patch is bands x frames, such as 16x16")
         return value
 
@@ -205,7 +209,7 @@ class Optim(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
     """Learning rate per 256 clips of global batch (default 3e-4, which is the paper's 1.5e-4 per 128)."""
     lr: float | None = Field(None, gt=0)
     """The peak learning rate itself, instead of base_lr."""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0, le=MOST_STEPS)
     """Warm-up in steps."""
     warmup_epochs: float | None = Field(None, ge=0)
     """Warm-up in epochs."""
@@ -226,25 +230,25 @@ class Optim(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
 class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """Length, batch, precision and what is written when."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Length of the run in steps."""
     epochs: float | None = Field(None, gt=0)
     """Length of the run in epochs (passes over the clips)."""
-    global_batch: int = Field(512, ge=1)
+    global_batch: int = Field(512, ge=1, le=2**24)
     """Crops in one optimiser step, over all ranks and accumulation."""
-    micro_batch: int = Field(64, ge=1)
+    micro_batch: int = Field(64, ge=1, le=2**24)
     """Crops in one forward pass of one rank."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; masters, gradients' sums, statistics and loss are fp32 in all. fp16 needs a GPU."""
     init_from: str | None = None
     """Folder of exported weights to start from instead of seeded ones; optimiser, step and order start anew."""
-    log_every: int = Field(20, ge=1)
+    log_every: int = Field(20, ge=1, le=MOST_STEPS)
     """Steps between metric lines."""
-    valid_every: int = Field(1000, ge=1)
+    valid_every: int = Field(1000, ge=1, le=MOST_STEPS)
     """Steps between validations."""
-    valid_clips: int = Field(512, ge=1)
+    valid_clips: int = Field(512, ge=1, le=MOST_STEPS)
     """Clips of the validation set that are used, from its beginning."""
-    pictures_every: int = Field(1000, ge=0)
+    pictures_every: int = Field(1000, ge=0, le=MOST_STEPS)
     """Steps between reconstruction pictures; 0: only at the end."""
     trace: bool = False
     """Write a record per sample: the evidence of what was trained on."""
@@ -261,11 +265,11 @@ class Train(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_att
 class Checkpoint(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """When to save and what to keep."""
 
-    every: int = Field(1000, ge=1)
+    every: int = Field(1000, ge=1, le=MOST_STEPS)
     """Steps between checkpoints."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, le=MOST_STEPS)
     """Newest checkpoints kept."""
-    keep_every: int = Field(0, ge=0)
+    keep_every: int = Field(0, ge=0, le=MOST_STEPS)
     """Also keep, for good, the checkpoints whose step is a multiple of this; 0: none."""
 
 
@@ -287,7 +291,7 @@ class Engine(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_at
 class Probe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """Scores of the encoder on labelled clips of your own while it is trained; they change nothing of the training."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, le=MOST_STEPS)
     """Steps between probes, with one more at the end; 0: none."""
     data: str | list[str] | None = None
     """Labelled clips: a HEAR task folder, a CSV of file,label,split (or fold), or a list of them."""
@@ -474,7 +478,7 @@ def _conflicts(cfg: Config) -> Iterable[str]:
             f"model.mask_ratio = {cfg.model.mask_ratio}: of {cfg.num_patches} patches {cfg.num_keep} stay "
             "visible; at least one must be visible and one hidden"
         )
-    yield from _geometry_conflicts(cfg.model)
+    yield from geometry_conflicts(cfg.model)
     features = cfg.features
     if features.n_fft % 2:
         yield f"features.n_fft = {features.n_fft}: must be even, for windows to be centred on whole samples"
@@ -504,7 +508,7 @@ def _conflicts(cfg: Config) -> Iterable[str]:
             f"choose {batch} or {batch + micro}"
         )
     yield from length_conflicts(cfg.train, cfg.optim)
-    if cfg.train.profile is not None and not re.fullmatch(r"\d+:\d+", cfg.train.profile):
+    if cfg.train.profile is not None and not re.fullmatch(r"[0-9]{1,12}:[0-9]{1,12}", cfg.train.profile):
         yield f"train.profile = {cfg.train.profile!r}: must be START:STOP in steps, such as 20:25"
     elif cfg.profiled_steps is not None and not 0 < cfg.profiled_steps[0] < cfg.profiled_steps[1]:
         yield f"train.profile = {cfg.train.profile}: must start at step 1 or later and stop after its start"
@@ -532,7 +536,8 @@ def length_conflicts(train: BaseModel, optim: BaseModel) -> Iterable[str]:
         yield f"optim.warmup_epochs = {warmup_epochs}: must be below train.epochs = {epochs}"
 
 
-def _geometry_conflicts(model: Model) -> Iterable[str]:
+def geometry_conflicts(model: Model) -> Iterable[str]:
+    """What is wrong with widths, depths and heads."""
     custom = {name: getattr(model, name) for name in ("embed_dim", "depth", "num_heads")}
     given = [name for name, value in custom.items() if value is not None]
     if given and model.size:
@@ -628,7 +633,7 @@ def _describe(fault: Any, kind: type[BaseModel]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "model_type":
         message = "must be a section, with its settings below it"
-    return f"{field} = {fault['input']!r}: {message[:1].lower()}{message[1:]}"
+    return f"{field} = {shown(fault['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _known_names(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
@@ -661,15 +666,15 @@ def _some(values: Sequence[int], limit: int = 12) -> str:
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A file's settings on top of those of the file it extends."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(_text_of(path))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: must hold settings as `section:` with `key: value` below it")
@@ -677,8 +682,13 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return values
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends = {parent!r}: must name one other YAML file")
-    base = (path.parent / parent).resolve()
+        raise ConfigError(f"{path}: extends = {shown(parent)}: must name one other YAML file")
+    try:
+        base = (path.parent / parent).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path}: extends = {shown(parent)}: names no file ({error})") from None
+    if len(seen) > LONGEST_CHAIN:
+        raise ConfigError(f"{path}: more than {LONGEST_CHAIN} files extend one another; join them")
     if base in seen or base == path.resolve():
         raise ConfigError(f"{path}: extends {parent}, which extends it in turn; break the circle")
     result = merged(_read_yaml(base, (*seen, path.resolve())), values)
@@ -686,6 +696,12 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if isinstance(mine := values.get("data"), dict) and "mix" in mine:
         result["data"]["mix"] = mine["mix"]
     return result
+
+
+def _text_of(path: Path) -> str:
+    """A file's text, up to what is too long for settings: a device, or a pipe, may have no end. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(4 * MAX_YAML + 1).decode("utf-8")
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -702,8 +718,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ConfigError(f"{override!r}: an override is written section.key=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text) if text else None
+    except ValueError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
     *sections, key = name.split(".")
     for section in sections:

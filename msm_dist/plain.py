@@ -13,7 +13,8 @@ MAX_YAML = 2**20
 """Characters of a YAML file, here some pages; a sweep of thousands of runs has a hundredth of it."""
 MAX_EXPANDED = 2 * MAX_YAML
 """Values and characters once every alias stands for what it names: without aliases no text gets there."""
-MAX_JSON = 2**26
+MAX_JSON = 2**25
+"""Bytes of a JSON text: of index.json, which is the longest, a hundred thousand shards."""
 MAX_DEPTH = 100
 
 

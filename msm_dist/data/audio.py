@@ -2,11 +2,13 @@
 
 In: the bytes of a wav, flac, ogg or mp3 file (or an open binary file), any rate, any channel count. The
 content decides the format, never a file name. Out: numpy arrays, mono by the mean of the channels. Fails
-with BadClip, which carries a reason. Memory follows the samples that are there, not what a header claims.
+with BadClip, which carries a reason. Memory follows the samples that are there, not what a header claims, up to
+MAX_SAMPLES of them at either rate: silence can be compressed ten-thousandfold.
 """
 
 import io
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ import numpy as np
 import soundfile
 import soxr
 
+from msm_dist.config import MAX_RATE
 from msm_dist.data.mp3 import Prefixed, with_length
 from msm_dist.data.ogg import damaged_page, is_ogg
 from msm_dist.data.view import View
 from msm_dist.errors import MsmError
 
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
-MIN_RATE, MAX_RATE = 1_000, 768_000
+MIN_RATE = 1_000
 MAX_SAMPLES = 2**29
 CHUNK_VALUES = 2**20
 UNKNOWN_LENGTH = 2**62
@@ -160,7 +163,11 @@ def num_target_samples(samples: int, rate: int, sample_rate: int) -> int:
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """Float samples in -1..1 as int16, rounded; what is louder is clipped, never wrapped."""
-    return np.rint(np.clip(waveform, -1.0, FULL_SCALE) * 32768).astype(np.int16)
+    samples = np.empty(waveform.shape, np.int16)
+    for start in range(0, len(waveform), CHUNK_VALUES):  # else a long clip would be held four times
+        piece = waveform[start : start + CHUNK_VALUES]
+        samples[start : start + CHUNK_VALUES] = np.rint(np.clip(piece, -1.0, FULL_SCALE) * 32768)
+    return samples
 
 
 def fit_int16(waveform: np.ndarray) -> tuple[np.ndarray, float]:
@@ -168,6 +175,12 @@ def fit_int16(waveform: np.ndarray) -> tuple[np.ndarray, float]:
     peak = max(waveform.max(initial=0.0) / FULL_SCALE, -waveform.min(initial=0.0))
     gain = 1.0 if peak <= 1 else float(1 / peak)
     return to_int16(waveform if gain == 1 else waveform * np.float32(gain)), gain
+
+
+def check_size(samples: int, rate: int, sample_rate: int) -> None:
+    """Raise BadClip where a clip of `samples` at `rate` is too long to be held in memory at either rate."""
+    if (most := max(samples, num_target_samples(samples, rate, sample_rate))) > MAX_SAMPLES:
+        raise BadClip("too_long", f"{most} samples; at most {MAX_SAMPLES} are decoded at once")
 
 
 def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
@@ -258,14 +271,20 @@ def _described(clip: Packed) -> str:
 
 
 def _span(sound: soundfile.SoundFile, start: int, stop: int, sample_rate: int) -> np.ndarray:
+    check_size(stop - start, sound.samplerate, sample_rate)
     return resample(_read(sound, start, stop, "float32"), sound.samplerate, sample_rate)
 
 
 def _read(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> np.ndarray:
     """Mono samples [start, stop) at the file's rate. A claimed length is met in pieces, never allocated."""
-    if stop - start > MAX_SAMPLES:
-        raise BadClip("too_long", f"{stop - start} samples; at most {MAX_SAMPLES} are decoded at once")
-    waveform = np.concatenate([np.zeros(0, dtype), *_pieces(sound, start, stop, dtype)])
+    check_size(stop - start, sound.samplerate, sound.samplerate)
+    pieces = deque(_pieces(sound, start, stop, dtype))
+    waveform = np.empty(sum(map(len, pieces)), dtype)
+    filled = 0
+    while pieces:  # each is let go when it is copied, or a long clip would be held twice
+        piece = pieces.popleft()
+        waveform[filled : filled + len(piece)] = piece
+        filled += len(piece)
     return _finite(waveform) if dtype == "float32" else waveform
 
 

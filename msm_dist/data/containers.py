@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from msm_dist.data.audio import MAX_SAMPLES, AudioInfo, BadClip, Encoded, resample
+from msm_dist.data.audio import AudioInfo, BadClip, Encoded, check_size, resample
 
 if TYPE_CHECKING:
     from torchcodec import AudioSamples
@@ -85,11 +85,10 @@ def probe(encoded: Encoded) -> AudioInfo:
 
 def decode_span(encoded: Encoded, start: int, stop: int, sample_rate: int) -> np.ndarray:
     """Samples [start, stop), at the file's own rate, as float32 mono [S] at `sample_rate`. Raises BadClip."""
-    if stop - start > MAX_SAMPLES:
-        raise BadClip("too_long", f"{stop - start} samples; at most {MAX_SAMPLES} are decoded at once")
     file = _file(encoded)
     decoder = _open(file)
     rate = decoder.metadata.sample_rate
+    check_size(stop - start, rate, sample_rate)
     exact = _head(file)[:4] == MATROSKA and stop <= EXACT_SECONDS * rate
     begin = 0 if exact else start
     waveform = _decoded(decoder, begin / rate, stop / rate)[start - begin :]

@@ -6,7 +6,6 @@ what is no object of plain values counts as none. Fails with DataError on a tar 
 
 import json
 import math
-import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from msm_dist.config import Features
 from msm_dist.data.index import INDEX_NAME, Index, Shard, members
 from msm_dist.data.logmel import SUFFIX
+from msm_dist.data.tar_members import tar_members
 from msm_dist.errors import DataError
 
 MAX_JSON_BYTES = 2**20
@@ -55,15 +55,11 @@ def stored_clips(shard: Shard) -> Iterator[Stored]:
     """The clips of a shard in the order of its sidecar. Raises DataError, OSError."""
     suffixes: dict[int, tuple[str, str]] = {}
     places: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(shard.path, "r:") as tar:
-            for member in tar:
-                stem, suffix = split_name(member.name)
-                suffixes[member.offset_data] = stem, suffix
-                if suffix == ".json" and member.isreg() and member.size <= MAX_JSON_BYTES:
-                    places[stem] = member.offset_data, member.size
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{shard.path}: is not a complete, uncompressed tar ({error}); copy it again") from None
+    for member in tar_members(shard.path):
+        stem, suffix = split_name(member.name)
+        suffixes[member.offset_data] = stem, suffix
+        if suffix == ".json" and member.isreg() and 0 <= member.size <= MAX_JSON_BYTES:
+            places[stem] = member.offset_data, member.size
     with open(shard.path, "rb") as file:
         for row in members(shard):
             if int(row["offset"]) not in suffixes:

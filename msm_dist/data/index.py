@@ -15,6 +15,8 @@ import io
 import json
 import logging
 import re
+import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,11 +24,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
 from msm_dist.data.storage import UNKNOWN_SIZE, Access, Span, Store, check_location, is_remote, join, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
+from msm_dist.plain import parse_json
 
 INDEX_NAME = "index.json"
 REPORT_NAME = "report.json"
@@ -36,6 +39,8 @@ REPORTED_AT_ONCE = 20
 PIECE_BYTES, PIECES_AT_ONCE = 4 * 2**20, 8  # of a remote shard while its digest is taken
 READ_AGAIN = 2  # small remote files that arrive as others than they are
 ACCESS = Access()
+MOST_SAMPLES = 2**40
+MAX_SMALL_FILE = 256 * 2**20  # as of remote ones
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ The member of a log-mel is a .npy file of uint8 [frames, bands]; samples and rat
 from, and the codec is "logmel".
 """
 
+_NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")  # other folders, and what steers the terminal
 _TABLE_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': \["
     + re.escape(", ".join(map(repr, MEMBER_FIELDS))).encode()
@@ -279,14 +285,14 @@ class _ShardEntry(BaseModel):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        if not name.endswith(".tar") or name.startswith(".") or any(c in name for c in "/\\\0"):
+        if not name.endswith(".tar") or name.startswith(".") or _NOT_IN_A_NAME.search(name):
             raise ValueError("a shard is a .tar file in the folder of the index")
         return name
 
 
 class _OfficialEntry(BaseModel):
     model_config = _CHECKED
-    tables: list[str]
+    tables: Annotated[list[str], FailFast()]
     clips: int = Field(ge=0)
     found: int = Field(ge=0)
     manifest: Digest
@@ -297,12 +303,12 @@ class _IndexFile(BaseModel):
     version: Literal[1]
     kind: Literal["audio", "logmel"]
     sample_rate: int | None = Field(gt=0)
-    shards: list[_ShardEntry] = Field(min_length=1)
+    shards: Annotated[list[_ShardEntry], FailFast(), Field(min_length=1)]
     clips: int
     seconds: float = Field(ge=0)
     mean: float | None
     std: float | None = Field(ge=1e-3)
-    mel_mean: list[float] | None
+    mel_mean: list[float] | None = Field(max_length=4096)
     features: dict[str, Any] | None
     official: _OfficialEntry | None = None
     made_from: Digest | None = None
@@ -332,8 +338,10 @@ def _read_index(root: str, store: Store) -> Index:
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors()]
+        faults = [f"{'.'.join(map(str, f['loc'])) or 'file'}: {f['msg']}" for f in error.errors(include_input=False)]
         raise DataError(_invalid(root, faults)) from None
+    except ValueError as error:
+        raise DataError(_invalid(root, [f"file: {error}"])) from None
     if faults := list(_contradictions(entry)):
         raise DataError(_invalid(root, faults))
     shards = tuple(Shard(**shard.model_dump(), location=join(root, shard.name)) for shard in entry.shards)
@@ -346,17 +354,29 @@ def _read_index(root: str, store: Store) -> Index:
 
 
 def _parse_index(path: str, store: Store) -> _IndexFile:
-    """What index.json says; a remote one that came to harm on the way is read again. Raises ValidationError."""
+    """What index.json says; a remote one that came to harm on the way is read again. Raises ValueError."""
+    _check_small(path)
     for _ in range(READ_AGAIN if is_remote(path) else 0):
-        with suppress(ValidationError):
-            return _IndexFile.model_validate_json(store.read([path])[0])
-    return _IndexFile.model_validate_json(store.read([path])[0])
+        with suppress(ValueError):
+            return _IndexFile.model_validate(parse_json(store.read([path])[0]))
+    # Of JSON pydantic would keep a copy for every fault in it.
+    return _IndexFile.model_validate(parse_json(store.read([path])[0]))
+
+
+def _check_small(path: str) -> None:
+    """Raise DataError, or OSError, where a local file is too large to be read whole; remote stores see to theirs."""
+    if not is_remote(path) and (size := Path(path).stat().st_size) > MAX_SMALL_FILE:
+        raise DataError(f"{path}: {size} bytes; {MAX_SMALL_FILE} are the most for a file of its kind")
 
 
 def _contradictions(entry: _IndexFile) -> Iterable[str]:
     names = [shard.name for shard in entry.shards]
     if len(set(names)) < len(names):
-        yield f"shards: {max(names, key=names.count)} is listed twice"
+        yield f"shards: {Counter(names).most_common(1)[0][0]} is listed twice"
+    for shard in entry.shards:
+        if shard.clips * tarfile.BLOCKSIZE > shard.bytes:
+            yield f"shards: {shard.name} has {shard.clips} clips in {shard.bytes} bytes: each takes a header and more"
+            break
     if entry.clips != (total := sum(shard.clips for shard in entry.shards)):
         yield f"clips = {entry.clips}: the shards have {total}"
     measured = [value is not None for value in (entry.mean, entry.std, entry.mel_mean, entry.features)]
@@ -414,6 +434,8 @@ def _streamed_sha256(shard: Shard, store: Store) -> str:
 def _read_tables(shards: Sequence[Shard], store: Store) -> list[bytes]:
     """Sidecars, unchecked; remote ones that came to harm on the way are read again."""
     paths = [shard.members_location for shard in shards]
+    for path in paths:
+        _check_small(path)
     contents = store.read(paths)
     for _ in range(READ_AGAIN):
         harmed = [i for i, shard in enumerate(shards) if is_remote(paths[i]) and _harmed(contents[i], shard)]
@@ -439,8 +461,10 @@ def _checked_table(shard: Shard, content: bytes) -> np.ndarray:
         found = "another format" if table is None else f"{len(table)} clips"
         raise DataError(f"{path}: holds {found}, {INDEX_NAME} says {shard.clips} clips; {remedy}")
     inside = (table["offset"] >= 0) & (table["size"] > 0) & (table["offset"] <= shard.bytes - table["size"])
-    if not (inside & (table["samples"] > 0) & (table["rate"] > 0)).all():
-        raise DataError(f"{path}: names clips outside {shard.name} or without samples; {remedy}")
+    # More samples than that would overflow where they are counted at another rate.
+    lengths = (table["samples"] > 0) & (table["samples"] < MOST_SAMPLES)
+    if not (inside & lengths & (table["rate"] > 0)).all():
+        raise DataError(f"{path}: names clips outside {shard.name}, without samples or of impossible lengths; {remedy}")
     return table
 
 

@@ -23,7 +23,7 @@ from msm_dist.data.audio import BadClip, decode, num_target_samples, probe, to_i
 from msm_dist.data.audioset import USUAL_MEAN, USUAL_STD
 from msm_dist.data.contents import front_end_of, printable, stored_clips
 from msm_dist.data.index import ACCESS, Index, Shard, members
-from msm_dist.data.logmel import SUFFIX
+from msm_dist.data.logmel import SUFFIX, stored_codes
 from msm_dist.data.storage import UNKNOWN_SIZE, Span, is_remote, open_store
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.features import LogMel, mel_filters
@@ -231,12 +231,12 @@ def _stored_logmel(content: bytes, row: np.void, features: Features) -> np.ndarr
     """The clip's own frames, float32 [F, T]. Raises BadClip."""
     frames = features.num_frames(num_target_samples(int(row["samples"]), int(row["rate"]), features.sample_rate))
     try:
-        codes = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BadClip("undecodable", " ".join(str(error).split())[:80]) from None
-    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.shape[1] != features.n_mels or len(codes) < frames:
+        codes = stored_codes(content)
+    except ValueError as error:
+        raise BadClip("undecodable", str(error)) from None
+    if codes.shape[1] != features.n_mels or len(codes) < frames:
         raise BadClip("changed", f"{codes.dtype} {list(codes.shape)}, not {frames} frames of {features.n_mels} bands")
-    return LogMel(features)(torch.from_numpy(codes[None, :frames]))[0, 0].numpy()
+    return LogMel(features)(torch.from_numpy(codes[None, :frames].copy()))[0, 0].numpy()
 
 
 def _wav(samples: np.ndarray, rate: int) -> bytes:

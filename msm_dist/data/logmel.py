@@ -8,6 +8,7 @@ DataError on a member that is not as long as its clip.
 """
 
 import io
+import re
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from msm_dist.features import CODE_LOW, LogMel, quantize
 SUFFIX = ".logmel.npy"
 HEADER_BYTES = 128  # of a .npy file of this kind
 CHUNK_FRAMES = 6_000
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00v\x00\{'descr': '\|u1', 'fortran_order': False, "
+    rb"'shape': \((?P<rows>[0-9]{1,15}), (?P<bands>[0-9]{1,9})\), \} *\n"
+)
 
 
 def encode_logmel(codes: np.ndarray) -> bytes:
@@ -49,6 +54,21 @@ def clip_codes(samples: np.ndarray, front_end: LogMel) -> np.ndarray:
     missing = features.crop_samples(before + after) - len(ending)
     codes[num_frames:] = _codes(np.pad(ending, (0, missing)), front_end)
     return codes
+
+
+def stored_codes(member: bytes | memoryview) -> np.ndarray:
+    """The rows of a member, uint8 [T + tail, F]: a view of it. Raises ValueError.
+
+    Only the header that `encode_logmel` writes is read: those of other arrays may ask for pickled objects, or for more
+    memory than there are bytes behind them.
+    """
+    header = _HEADER.match(member[:HEADER_BYTES])
+    if header is None or header.end() != HEADER_BYTES:
+        raise ValueError("the header of its .npy file is damaged, or not that of uint8 [frames, bands]")
+    rows, bands = int(header["rows"]), int(header["bands"])
+    if rows * bands != len(member) - HEADER_BYTES or not bands:
+        raise ValueError(f"holds uint8 [{rows}, {bands}] in {len(member)} bytes, {HEADER_BYTES} of them a header")
+    return np.frombuffer(member, np.uint8, offset=HEADER_BYTES).reshape(rows, bands)
 
 
 def tail_reach(features: Features) -> int:

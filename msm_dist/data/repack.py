@@ -23,6 +23,7 @@ from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, num_target_samples, to_int16
 from msm_dist.data.claim import begun, claimed, finished
 from msm_dist.data.clips import Progress, quiet, write_report
+from msm_dist.data.contents import printable
 from msm_dist.data.index import (
     UNFINISHED_NAME,
     Index,
@@ -38,6 +39,7 @@ from msm_dist.data.index import (
 )
 from msm_dist.data.logmel import SUFFIX, clip_codes, code_sums, encode_logmel
 from msm_dist.data.stats import combine
+from msm_dist.data.tar_members import tar_members
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel
@@ -136,7 +138,10 @@ def _write_tar(task: _Task, file: io.BufferedWriter) -> tuple[list[tuple[int, in
             samples = _decoded(shard, row, content[row["offset"] : row["offset"] + row["size"]], task.features)
             codes = clip_codes(samples, front_end)
             sums += code_sums(codes[: task.features.num_frames(len(samples))], front_end)
-            name = names[int(row["offset"])]
+            if (name := names.get(int(row["offset"]))) is None:
+                raise DataError(
+                    f"{shard.path}: {printable(row['key'])} is not where its sidecar says; see `msm-dist data verify`"
+                )
             member = encode_logmel(codes)
             offset = _add(tar, name + SUFFIX, member)
             if place := descriptions.get(name):
@@ -167,14 +172,13 @@ def _decoded(shard: Shard, row: np.void, encoded: bytes, features: Features) -> 
 def _members(shard: Shard) -> tuple[dict[int, str], dict[str, tuple[int, int]]]:
     """Names without suffix by where the member's bytes begin; place and size of the json members by such name."""
     names, descriptions = {}, {}
-    with tarfile.open(shard.path, "r:") as tar:
-        for member in tar:
-            path = PurePosixPath(member.name)
-            if not path.name:
-                continue
-            names[member.offset_data] = str(path.with_suffix(""))
-            if path.suffix == ".json" and member.isreg() and member.size <= MAX_JSON_BYTES:
-                descriptions[str(path.with_suffix(""))] = member.offset_data, member.size
+    for member in tar_members(shard.path):
+        path = PurePosixPath(member.name)
+        if not path.name:
+            continue
+        names[member.offset_data] = str(path.with_suffix(""))
+        if path.suffix == ".json" and member.isreg() and 0 <= member.size <= MAX_JSON_BYTES:
+            descriptions[str(path.with_suffix(""))] = member.offset_data, member.size
     return names, descriptions
 
 

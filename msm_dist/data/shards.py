@@ -6,7 +6,6 @@ the tar.
 """
 
 import mmap
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 from msm_dist.config import Features
 from msm_dist.data.audio import BadClip, decode, probe, to_int16
 from msm_dist.data.clips import SUFFIXES, LeftOut, Progress, check_length, quiet, write_report
+from msm_dist.data.contents import printable
 from msm_dist.data.index import (
     INDEX_NAME,
     Index,
@@ -31,10 +31,12 @@ from msm_dist.data.index import (
     write_members,
 )
 from msm_dist.data.stats import LogMelMeter, combine
+from msm_dist.data.tar_members import tar_members
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 
 MAX_NAME = 1024
+MAX_MEMBER = 2**30
 
 
 class _Scanned(NamedTuple):
@@ -143,8 +145,10 @@ def _scan_tar(task: tuple[Path, Features]) -> _Scanned:
     with open(path, "rb") as file:
         for key, offset, size in _audio_members(path):
             file.seek(offset)
-            encoded = file.read(size)
             try:
+                if size > MAX_MEMBER:
+                    raise BadClip("too_long", f"{size} bytes; at most {MAX_MEMBER} are read into memory")
+                encoded = file.read(size)
                 info = probe(encoded)
                 check_length(info.samples, info.sample_rate, features)
                 meter.add(to_int16(decode(encoded, features.sample_rate)))
@@ -168,27 +172,17 @@ def _audio_members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Key (name without suffix), offset and size of each regular audio member, in tar order."""
     total = path.stat().st_size
     seen = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if not 0 <= member.size <= total - member.offset_data or len(member.name) > MAX_NAME:
-                    raise DataError(f"{path}: is cut off or damaged at {str(name)[:80]}; copy it again")
-                if name.suffix.lower() not in SUFFIXES or not member.isreg() or member.issparse():
-                    continue
-                key = str(name.with_suffix(""))
-                if key in seen:
-                    raise DataError(f"{path}: holds {key} twice; write the shard again with one of them")
-                seen.add(key)
-                yield key, member.offset_data, member.size
-            # tarfile takes a damaged header in the middle for the end of the tar.
-            end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{path}: is not a complete, uncompressed tar ({error}); copy it again") from None
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"{path}: is cut off or damaged at byte {end}; copy it again")
+    for member in tar_members(path):
+        name = PurePosixPath(member.name)
+        if not 0 <= member.size <= total - member.offset_data or len(member.name) > MAX_NAME:
+            raise DataError(f"{path}: is cut off or damaged at {printable(str(name)[:80])}; copy it again")
+        if name.suffix.lower() not in SUFFIXES or not member.isreg() or member.issparse():
+            continue
+        key = str(name.with_suffix(""))
+        if key in seen:
+            raise DataError(f"{path}: holds {printable(key)} twice; write the shard again with one of them")
+        seen.add(key)
+        yield key, member.offset_data, member.size
     if not seen:
         raise DataError(f"{path}: holds no audio members; they must end in {', '.join(sorted(SUFFIXES))}")
 

@@ -5,10 +5,10 @@ sha256; that each clip decodes is a second, slower pass, if asked for. Behind a 
 the tables of clips are compared, not the headers in the tars.
 """
 
-import io
 import mmap
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from msm_dist.data.audio import BadClip, decode, num_target_samples
 from msm_dist.data.clips import Progress, quiet
 from msm_dist.data.contents import front_end_of, printable, split_name
 from msm_dist.data.index import ACCESS, Index, Shard, check_shards, members, shard_fault
-from msm_dist.data.logmel import HEADER_BYTES, check_rows
+from msm_dist.data.logmel import check_rows, stored_codes
 from msm_dist.data.storage import Access, Span, is_remote, open_store
+from msm_dist.data.tar_members import tar_members
 from msm_dist.data.workers import run_tasks
 from msm_dist.errors import DataError
 
@@ -114,12 +115,9 @@ def _header_at(content: mmap.mmap, offset: int) -> tarfile.TarInfo | None:
 def _members_of(path: Path) -> dict[int, tarfile.TarInfo]:
     """The members of a tar by the offset of their data, as far as it can be read."""
     found = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                found[member.offset_data] = member
-    except (tarfile.TarError, ValueError):
-        pass
+    with suppress(DataError):
+        for member in tar_members(path):
+            found[member.offset_data] = member
     return found
 
 
@@ -141,11 +139,9 @@ def _audio_fault(row: np.void, member: bytes) -> str | None:
 
 def _logmel_fault(row: np.void, member: bytes) -> str | None:
     try:
-        codes = np.load(io.BytesIO(member), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        return f"the header of its .npy file is damaged ({' '.join(str(error).split())[:80]})"
-    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.size + HEADER_BYTES != row["size"]:
-        return f"holds {codes.dtype} {list(codes.shape)}, must be uint8 [frames, bands] of {row['size']} bytes in all"
+        stored_codes(member)
+    except ValueError as error:
+        return str(error)
     return None
 
 

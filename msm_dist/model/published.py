@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ DECODER = ("decoder_", "mask_token")
 # What torch raises for files of other kinds, damaged files, and pickles that would run something.
 UNREADABLE = (
     *(OSError, RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, ArithmeticError, MemoryError, struct.error),
+    *(AssertionError, ArithmeticError, MemoryError, RecursionError, NotImplementedError),
+    *(struct.error, zipfile.BadZipFile),
 )
 # How torch names what a pickle would import.
 FORBIDDEN = re.compile(r"\bGLOBAL ([\w.]+)")
@@ -93,6 +95,7 @@ class Conversion:
 def read_file(path: str | Path) -> PublishedFile:
     """Read a published checkpoint, its state_dict bare or under "model". Raises CheckpointError."""
     try:
+        size = _checked_size(path)
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -109,6 +112,11 @@ def read_file(path: str | Path) -> PublishedFile:
         # Where `write_file` puts them for the generation whose state_dict has no place for them.
         state.setdefault(STATISTICS, content[STATISTICS])
         beside.remove(STATISTICS)
+    if strange := next((name for name, value in state.items() if not _is_plain(value, size)), None):
+        raise CheckpointError(
+            f"{path}: {strange} is no plain tensor of values that are in the file; take a state_dict that torch.save "
+            "wrote"
+        )
     origin = _origin(content.get(MARK)) if wrapped else None
     if origin is not None:
         beside.remove(MARK)
@@ -252,6 +260,24 @@ def _take(model: MaskedSpectrogramModel, state: Mapping[str, Tensor], names: Ite
         ours = _our_name(name)
         own[ours] = state[name].reshape(own[ours].shape).to(own[ours].dtype)
     model.load_state_dict(own)
+
+
+def _checked_size(path: str | Path) -> int:
+    """Bytes of a file, none of which are compressed: torch stores, and a bomb would inflate. Raises ValueError."""
+    size = os.stat(path).st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
+            raise ValueError("compressed")
+    return size
+
+
+def _is_plain(value: Tensor, size: int) -> bool:
+    """Whether a tensor lies in memory as it is, no view that repeats few bytes of a file of `size` bytes."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.numel() * value.element_size() <= size
 
 
 def _unreadable(error: Exception) -> str:

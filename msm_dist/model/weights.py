@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msm_dist.config import Features, Model
+from msm_dist.config import Data, Features, Model
 from msm_dist.errors import CheckpointError
 from msm_dist.files import write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.published import from_published, read_published, to_published
-from msm_dist.model.tensors import built, differences, some
+from msm_dist.model.tensors import built, differences, parameters_of, some
+from msm_dist.plain import parse_json
 
 __all__ = [
     "WeightsInfo",
@@ -107,8 +108,9 @@ def load(path: str | Path) -> tuple[MaskedSpectrogramModel, WeightsInfo]:
 
 def model_of(state: Mapping[str, Tensor], info: WeightsInfo, source: str) -> MaskedSpectrogramModel:
     """A model, on the CPU, with these weights, from the folder `source`. Raises CheckpointError as `load` does."""
+    # At first: a few bytes of config.json may ask for a model of any size.
+    _check_names(state, parameters_of(info.model, source), source=f"{source}/{WEIGHTS_FILE}")
     model = built(info.model, info.features.n_mels, info.crop_frames, source)
-    _check_names(state, model.state_dict(), source=f"{source}/{WEIGHTS_FILE}")
     model.load_state_dict(dict(state))
     return model
 
@@ -160,7 +162,7 @@ def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
 
 def _read_info(path: Path) -> WeightsInfo:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
         if config["format"] != FORMAT or config["version"] != VERSION:
             raise CheckpointError(
                 f"{path}: format {config['format']!r} version {config['version']!r}; this program reads "
@@ -169,7 +171,7 @@ def _read_info(path: Path) -> WeightsInfo:
         info = WeightsInfo(
             Model.model_validate(config["model"]),
             Features.model_validate(config["features"]),
-            int(config["crop_frames"]),
+            Data(crop_frames=config["crop_frames"]).crop_frames,
             dict(config["origin"]),
         )
     except FileNotFoundError:

@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL     take torch from this wheel index (a CPU build, another CUDA)
 #   PYTEST_ARGS=...     passed to pytest
 #   WORKERS=1           how many test files `make test` runs at a time; by default as many as cores, 4 at most
+#   SEED=N              repeats the draw of `make chaos`
 #   BENCH_ARGS=...      passed to the benchmarks: --minutes 2, --out FOLDER
 #   HEAR_MODEL=runs/x   the weights that test-hear runs the HEAR tools on: a run or an export
 
@@ -19,6 +20,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 STUDY_ARGS ?=
+SEED ?=
 BENCH_ARGS ?=
 HEAR_PYTHON ?= python3.11
 HEAR_VENV ?= build/hear/venv
@@ -49,7 +51,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 ready: $(VENV)/.setup-done
 endif
 
-.PHONY: help setup pretrain study test test-slurm test-aot test-engine test-hear test-gpu bench bench-data tune gpu-session gpu-reference lint doctor clean
+.PHONY: help setup pretrain study test test-slurm test-aot test-engine test-hear test-gpu chaos bench bench-data tune gpu-session gpu-reference lint doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -100,6 +102,10 @@ test: ready ## run all the tests that this machine can run
 # make test takes a few cells of this matrix, and of fine-tuning's. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m engine tests/test_engine_matrix.py tests/test_divergence_engine.py tests/test_finetune.py $(PYTEST_ARGS)
+
+# Ten rounds are part of `make test`.
+chaos: ready ## a run under 25 drawn faults, which must end as one without: kills, disks, clocks, shards
+	OMP_NUM_THREADS=1 $(PY) -m tests.chaos $(if $(SEED),--seed $(SEED))
 
 # Part of `make test` where root and Slurm's packages are there; this one installs them, on Debian and Ubuntu.
 test-slurm: ready ## bring up a real Slurm cluster of two nodes and run jobs, requeues, power cuts; needs root

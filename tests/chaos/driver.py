@@ -50,6 +50,18 @@ class Start:
         self.output = "\n".join(rank.communicate()[0] for rank in self.ranks)
         self.codes = [rank.returncode for rank in self.ranks]
 
+    def expect(self, codes: Sequence[int], *texts: str) -> None:
+        """Wait for the end. Raises BrokenPromise unless it comes with these codes, these texts, and no traceback."""
+        self.end()
+        lacks = [text for text in texts if text not in self.output]
+        if "Traceback" in self.output:
+            lacks.append("an output without a traceback")
+        if list(codes) != self.codes or lacks:
+            raise BrokenPromise(
+                f"exit codes {list(codes)} were promised, they are {self.codes}; lacking: {lacks or 'nothing'}\n"
+                f"{self.output[-KEPT_OUTPUT:]}"
+            )
+
     def kill(self) -> None:
         """SIGKILL to what still runs."""
         for rank in self.ranks:
@@ -153,17 +165,8 @@ class Chaos(Runs):
 
         One that trains must also say what an earlier fault has promised of it.
         """
-        start.end()
-        texts += tuple(self.promised) if trains else ()
-        self.promised = [] if trains else self.promised
-        lacks = [text for text in texts if text not in start.output]
-        if "Traceback" in start.output:
-            lacks.append("an output without a traceback")
-        if list(codes) != start.codes or lacks:
-            raise BrokenPromise(
-                f"exit codes {list(codes)} were promised, they are {start.codes}; not found: {lacks or 'nothing'}\n"
-                f"{start.output[-KEPT_OUTPUT:]}"
-            )
+        promised, self.promised = (self.promised, []) if trains else ([], self.promised)
+        start.expect(codes, *texts, *promised)
 
     def newest(self) -> Path:
         """The run's newest checkpoint that is whole."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from msm_dist.data.clips import Progress
 from msm_dist.doctor_files import check_folder, names_in, plain_size
-from msm_dist.doctor_findings import Finding, some
+from msm_dist.doctor_findings import Finding, counted, some
 from msm_dist.engine.stored import DAMAGED, PARTIAL, Saved, Torn, open_checkpoint, wrong_files
 from msm_dist.errors import CheckpointError, DataError
 
@@ -80,7 +80,7 @@ def _look(folder: Path, quick: bool) -> Seen | None:
         detail = f"bytes of {some(wrong)} are not those that were saved"
         return Seen(folder, State.TORN, detail, size, saved)
     compared = "sizes" if quick else "digests"
-    files = f"{len(saved.meta['files'])} file{'' if len(saved.meta['files']) == 1 else 's'}"
+    files = counted(len(saved.meta["files"]), "file")
     return Seen(folder, State.GOOD, f"whole: {files}, {size / 1e6:,.1f} MB, {compared} as saved", size, saved)
 
 
@@ -141,7 +141,8 @@ def findings(seen: Sequence[Seen], is_alive: bool) -> Iterator[Finding]:
         elif one.step < newest:
             yield Finding(name, "warn", f"damaged: {one.detail}", f"nothing: a newer one is good; or rm -r {where}")
         else:
-            remedy = f"a whole copy put back as {where}, if there is one; else the next start sets it aside"
+            remedy = f"a whole copy put back as {where}, if there is one"
+            remedy += "; else the next start sets it aside" if good else ""
             yield Finding(name, "warn" if good else "fail", f"damaged: {one.detail}", remedy)
     if seen and not good and not any(one.state is State.BLOCKED for one in seen):
         damaged = [one.folder.name for one in seen if one.state in (State.TORN, State.ASIDE)]

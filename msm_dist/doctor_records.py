@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msm_dist.doctor_files import is_there, lines_of, names_in, read_record
-from msm_dist.doctor_findings import Finding, some
+from msm_dist.doctor_findings import Finding, counted, some
 from msm_dist.errors import DataError
 from msm_dist.plain import shown
 
@@ -60,8 +60,8 @@ def read_lines(path: Path) -> Lines:
     return Lines(path, count, last, trained, per_step, fault, falls_at, is_torn)
 
 
-def metrics_findings(path: Path, saved_step: int, log_every: int, is_alive: bool) -> Iterator[Finding]:
-    """metrics.jsonl against the checkpoint at `saved_step`, from which the next start goes on (0: none)."""
+def metrics_findings(path: Path, saved_step: int, log_every: int, is_alive: bool, goes_on: bool) -> Iterator[Finding]:
+    """metrics.jsonl against the checkpoint at `saved_step` (0: none), from which the next start goes on if it does."""
     if not is_there(path):
         if saved_step:
             detail = f"there is no metrics.jsonl beside a checkpoint of step {saved_step}: the lines so far are lost"
@@ -85,10 +85,10 @@ def metrics_findings(path: Path, saved_step: int, log_every: int, is_alive: bool
         remedy = "put a copy back before the next start; training does not need it"
         yield Finding("metrics", "warn", f"{detail}those from step {missing_from} on are lost", remedy)
         return
-    told = f"{lines.num_lines} lines to step {max(0, lines.last_step)}"
+    told = f"{counted(lines.num_lines, 'line')} to step {max(0, lines.last_step)}"
     if lines.is_torn:
         told += ", one being written" if is_alive else ", the last torn by a kill"
-    if past and not is_alive:
+    if past and goes_on and not is_alive:
         told += f"; {past} past step {saved_step}, which the next start drops and computes anew"
     yield Finding("metrics", "ok", told)
 

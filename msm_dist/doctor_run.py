@@ -50,6 +50,8 @@ class Look:
     """The checkpoint that the next start takes; None: from step 0."""
     total_steps: int | None = None
     is_exported: bool = False
+    is_stuck: bool = False
+    """Whether a start ends at the checkpoints."""
     has_failed: bool = False
 
     @property
@@ -64,12 +66,15 @@ class Look:
 def examine_run(folder: Path, quick: bool, progress: Progress) -> Iterator[Finding]:
     """The findings of a run folder, in the order in which a start would meet them."""
     look = Look(folder)
-    for check in (_settings, _lock, lambda look: _checkpoints(look, quick, progress)):
+    for check in (_settings, _lock):
         yield from _noted(look, check(look))
+    failed_before, look.has_failed = look.has_failed, False
+    yield from _noted(look, _checkpoints(look, quick, progress))
+    look.is_stuck, look.has_failed = look.has_failed, look.has_failed or failed_before
     look.total_steps = _total_steps(look)
     exported = list(export_findings(folder, look.start, look.total_steps, quick))
     look.is_exported = any(finding.status == "ok" for finding in exported)
-    for check in (_environment, _records, _corpus, lambda look: iter(exported), _room):
+    for check in (_environment, _records, lambda look: _corpus(look, quick), lambda look: iter(exported), _room):
         yield from _noted(look, check(look))
     yield _outcome(look)
 
@@ -154,7 +159,8 @@ def _checkpoints(look: Look, quick: bool, progress: Progress) -> Iterator[Findin
     try:
         look.seen = look_at(root, quick, progress)
     except DataError as error:
-        yield Finding("checkpoints", "fail", str(error), "start with the folder itself in its place, or none")
+        remedy = f"the folder itself in place of {root}; runs on another disk: run.dir=FOLDER"
+        yield Finding("checkpoints", "fail", str(error), remedy)
         return
     yield from doctor_checkpoints.findings(look.seen, look.is_alive)
     decisive = next_start(look.seen)
@@ -199,7 +205,7 @@ def _environment(look: Look) -> Iterator[Finding]:
         remedy = "for equal bits, continue it there, or install those versions"
         yield Finding("environment", "warn", detail, remedy)
     else:
-        detail = f"versions and device are those of the latest start ({shown(world, 20)} processes)"
+        detail = f"versions and device are those of the latest start; it had world size {shown(world, 20)}"
         yield Finding("environment", "ok", detail)
 
 
@@ -221,19 +227,20 @@ def _differences(then: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 def _records(look: Look) -> Iterator[Finding]:
     cfg, folder = look.cfg, look.folder
     log_every = cfg.train.log_every if cfg else 1
-    yield from metrics_findings(folder / "metrics.jsonl", look.step, log_every, look.is_alive)
+    yield from metrics_findings(folder / "metrics.jsonl", look.step, log_every, look.is_alive, not look.is_stuck)
     if cfg:
         yield from trace_findings(folder / "trace", look.step, cfg.train.global_batch)
         yield from skipped_findings(folder / "skipped.jsonl", cfg.optim.max_skipped_updates)
     yield from diverged_findings(folder, "skipped.jsonl")
 
 
-def _corpus(look: Look) -> Iterator[Finding]:
+def _corpus(look: Look, quick: bool) -> Iterator[Finding]:
     if isinstance(look.cfg, FinetuneConfig):
         detail = f"{look.cfg.data.task}: a start compares its clips with those the run began with"
         yield Finding("corpus", "note", detail)
     elif look.cfg:
-        yield from corpus_findings(look.folder, look.cfg, look.environment, not look.is_finished and not look.is_alive)
+        is_needed = not look.is_finished and not look.is_alive
+        yield from corpus_findings(look.folder, look.cfg, look.environment, is_needed, quick)
 
 
 def _total_steps(look: Look) -> int | None:
@@ -284,9 +291,12 @@ def _outcome(look: Look) -> Finding:
         return Finding("next", "fail", detail, f"train.steps={look.step} or more, with the command that continues it")
     if look.is_finished:
         return Finding("next", "ok", f"finished: all {total} steps, exported")
+    command = command_to_continue(look.folder, look.cfg, look.environment)
+    if look.is_stuck:
+        return Finding("next", "fail", "where a start goes on can't be told before the checkpoints are mended", command)
     lost = max((one.step for one in look.seen if one.state is State.TORN), default=0) - look.step
     told = f"a start goes on from step {look.step} of {total}"
     told += f"; {lost} steps that were saved are computed anew" if lost > 0 else ""
     if look.has_failed:
         told = f"{told}, once what is marked fail is mended"
-    return Finding("next", "ok", told, command_to_continue(look.folder, look.cfg, look.environment))
+    return Finding("next", "ok", told, command)

@@ -18,7 +18,7 @@ from msm_dist.data.index import INDEX_NAME, MEMBERS_SUFFIX, UNFINISHED_NAME, Ind
 from msm_dist.data.plan import check_lanes, make_plan, valid_worlds
 from msm_dist.data.storage import UNKNOWN_SIZE, Access, is_remote, open_store, split
 from msm_dist.data.verify import verify_shards
-from msm_dist.doctor_findings import Finding, some
+from msm_dist.doctor_findings import Finding, counted, some
 from msm_dist.doctor_host import is_shared, mounted_at
 from msm_dist.errors import ConfigError, DataError
 
@@ -36,8 +36,9 @@ def examine_shards(where: str, quick: bool, workers: int, progress: Progress) ->
         yield Finding("index", "fail", str(error), _remedy_of_index(where))
         return
     size = sum(shard.bytes for shard in index.shards) / 1e6
-    told = f"{index.location}: {index.num_clips:,} clips, {index.seconds / 3600:,.2f} h, {len(index.shards)} shards"
-    yield Finding("index", "ok", f"{told}, {size:,.1f} MB, valid")
+    told = f"{index.location}: {counted(index.num_clips, 'clip')}, {index.seconds / 3600:,.2f} h, "
+    told += f"{counted(len(index.shards), 'shard')}, {size:,.1f} MB"
+    yield Finding("index", "ok", f"{told}, valid")
     yield from _files(index)
     yield from _contents(index, quick, workers, progress)
     yield from _statistics(index)
@@ -222,10 +223,10 @@ def _beside(index: Index) -> Iterator[Finding]:
     orphans = [name for name in names if name.endswith(".tar") and name not in tars and is_tar(str(root / name))]
     strays = [name for name in names if name.endswith(MEMBERS_SUFFIX) and name not in sidecars]
     if orphans:
-        detail = f"{len(orphans)} tars are not in {INDEX_NAME}, and no run reads them: {some(orphans)}"
+        detail = f"not in {INDEX_NAME}, so that no run reads them: {some(orphans)}"
         yield Finding("orphans", "warn", detail, f"msm-dist data index {root}/*.tar, or remove them")
     if strays:
-        detail = f"{len(strays)} tables of clips belong to no shard of the index: {some(strays)}"
+        detail = f"tables of clips that belong to no shard of the index: {some(strays)}"
         yield Finding("orphans", "warn", detail, "remove them, if their tars are gone for good")
     if (root / UNFINISHED_NAME).is_dir():
         detail = f"{UNFINISHED_NAME}: a packing into this folder was begun and not finished"
@@ -235,7 +236,7 @@ def _beside(index: Index) -> Iterator[Finding]:
     files = [root / INDEX_NAME, *(path for shard in index.shards for path in (shard.path, shard.members_path))]
     closed = [path.name for path in files if path.exists() and not os.access(path, os.R_OK)]
     if closed:
-        detail = f"{len(closed)} files can't be read by you: {some(closed)}"
+        detail = f"you can't read {some(closed)}"
         yield Finding("rights", "fail", detail, f"chmod -R u+rX {root}, as their owner")
     else:
         yield Finding("rights", "ok", "you may read every file")

@@ -29,6 +29,7 @@ from msm_dist.data.stream import Batch
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
 from msm_dist.engine.divergence import UpdateGuard
+from msm_dist.engine.hang import Progress, watching
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
@@ -48,7 +49,7 @@ from msm_dist.model.mae import Output
 from msm_dist.model.origin import INITIAL_FILE, of_run
 from msm_dist.model.weights import WeightsInfo
 from msm_dist.model.weights import save as save_weights
-from msm_dist.profiling import part, profiling
+from msm_dist.profiling import Part, part, profiling
 from msm_dist.summary import announcement, summary
 from msm_dist.validate import Forward, Validation
 from msm_kernels.patch_masking import Masking
@@ -69,6 +70,7 @@ class Training:
     monitor: monitor.Monitor
     saver: Saver
     guard: UpdateGuard
+    progress: Progress
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
@@ -98,6 +100,7 @@ def pretrain(cfg: Config, build_model: BuildModel = configured_model) -> int:
         corpus = stamp(corpus)
         stack.enter_context(recording_changed(cfg.run.folder, corpus, world.is_main))
         run = build(cfg, world, layout, corpus, interruption, build_model)
+        stack.enter_context(watching(run.progress, world, cfg.run.folder / "hang", cfg.engine.timeout_minutes))
         stack.callback(run.monitor.close)
         stack.callback(run.saver.close)
         if run.step < corpus.total_steps and (reason := train(run)):
@@ -119,7 +122,7 @@ def train(run: Training) -> int:
     ):
         engine.train()
         while run.step < total_steps:
-            with watch.waiting(), part("data"):
+            with watch.waiting(), doing(run, "data"):
                 batches = feed.next_step()
             if reason := run.interruption.agreed():
                 break
@@ -129,9 +132,9 @@ def train(run: Training) -> int:
             for batch in batches:
                 output = forward(run, batch)
                 loss += output.loss.detach() / len(batches)
-                with part("backward"):
+                with doing(run, "backward"):
                     engine.backward(run.guard.judged(output.loss, loss, is_last=batch is batches[-1]))
-                with part("update"):
+                with doing(run, "update"):
                     engine.step()
                 run.bad_samples += batch.num_bad
                 run.missing_samples += batch.num_missing
@@ -170,10 +173,16 @@ def forward(run: Training, batch: Batch) -> Output:
     crops = batch.crops.to(run.world.device, non_blocking=True)
     sample_ids = batch.sample_ids.to(run.world.device, non_blocking=True)
     features = run.corpus.features
-    with part("log-mel"):
+    with doing(run, "log-mel"):
         spectrogram = normalize(run.front_end(crops), features.mean, features.std)
-    with part("forward"):
+    with doing(run, "forward"):
         return run.engine(spectrogram, sample_ids=sample_ids)
+
+
+def doing(run: Training, name: Part) -> contextlib.AbstractContextManager[object]:
+    """Begin a part of the next step, for a profiler and for those who look whether the run gets on."""
+    run.progress.at(run.step + 1, name)
+    return part(name)
 
 
 def stop_if_skipped(run: Training, lr: float, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
@@ -186,6 +195,7 @@ def log_training(
 ) -> None:
     """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
     cfg, world = run.cfg, run.world
+    run.progress.at(run.step, "records")
     loss_sum, bad_samples, missing_samples = world.sum([loss.item(), run.bad_samples, run.missing_samples])
     clip_seconds = cfg.data.crop_frames * cfg.features.hop / cfg.features.sample_rate
     rates = watch.lap(steps, steps * cfg.train.global_batch, clip_seconds)
@@ -244,13 +254,14 @@ def validate(run: Training) -> None:
     """Loss on the fixed crops and masks of the held-out clips, beside the three references. A collective."""
     if run.validation is None:
         return
-    with evaluating(run) as forward:
+    with evaluating(run, "validation") as forward:
         values = run.validation.loss(forward) | run.validation.references(forward)
     run.monitor.valid(run.step, values)
 
 
 def probe(run: Training) -> None:
     """Scores of the encoder on labelled clips, beside the two baselines. A collective."""
+    run.progress.at(run.step, "probe")
     if run.probe is not None:
         run.monitor.probe(run.step, run.probe.scores(state.full_weights(run.engine)))
 
@@ -259,22 +270,28 @@ def draw(run: Training) -> None:
     """Pictures and sounds of a few held-out clips. A collective."""
     if run.validation is None:
         return
-    with evaluating(run) as forward:
+    with evaluating(run, "pictures") as forward:
         pictures = run.validation.pictures(forward)
     run.monitor.pictures(run.step, pictures)
 
 
 @contextlib.contextmanager
-def evaluating(run: Training) -> Iterator[Forward]:
+def evaluating(run: Training, place: str) -> Iterator[Forward]:
     """The model as a function of (spectrogram, sample_ids), without gradients."""
+
+    def forward(spectrogram: torch.Tensor, sample_ids: torch.Tensor) -> Output:
+        run.progress.at(run.step, place)
+        return run.engine(spectrogram, sample_ids=sample_ids)
+
     run.engine.eval()
     with torch.no_grad():
-        yield lambda spectrogram, sample_ids: run.engine(spectrogram, sample_ids=sample_ids)
+        yield forward
     run.engine.train()
 
 
 def save(run: Training, complete: bool = False) -> None:
     """Begin to write a checkpoint, or wait until it is complete. A collective."""
+    run.progress.at(run.step, "checkpoint")
     run.world.on_main(lambda: refuse_if_taken(run.cfg.run.folder))
     bad_samples, missing_samples = run.world.sum([run.bad_samples, run.missing_samples])
     extra = {
@@ -294,6 +311,7 @@ def save(run: Training, complete: bool = False) -> None:
 def finish(run: Training) -> None:
     """Export the weights and say what came out and where it is. A collective."""
     cfg, folder = run.cfg, run.cfg.run.folder
+    run.progress.at(run.step, "export")
     # Every rank takes part; one keeps them.
     weights = {name: value for name, value in state.full_weights(run.engine) if run.world.is_main}
     origin = of_run(folder, cfg.run.name, run.step, run.corpus.index.digest, corpus_identity(run.corpus))
@@ -316,7 +334,7 @@ def build(
 ) -> Training:
     """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
     folder, identity = cfg.run.folder, plan_identity(corpus)
-    world.on_main(lambda: compare_config(folder, cfg))
+    changes = world.on_main(lambda: compare_config(folder, cfg))
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
     saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world)
@@ -326,7 +344,7 @@ def build(
         world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)
     model = extension.build_seeded(build_model, cfg)
     is_configured = extension.has_configured_parameters(model, cfg)
-    notes = [*([change] if change else []), *restored]
+    notes = [*changes, *([change] if change else []), *restored]
     if not is_configured:
         notes.append("no mfu, and no Encoder.load of the export: the parameters are not those that model.* describes")
     initial = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
@@ -386,6 +404,7 @@ def build(
         metrics,
         saver,
         guard,
+        Progress(),
         interruption,
         rate,
         is_configured,

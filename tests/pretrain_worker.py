@@ -17,11 +17,16 @@ KILL=undead:S        nobody dies; ... blocks there, and no signal ends it
 KILL=lost:S          nobody dies; ... blocks there, and those of the others find their data gone
 KILL=pause:WHERE     nobody dies; KILL_RANK waits at WHERE (see PLACES) until there is a file MARK.go
 KILL=both:S          nobody dies; after step S KILL_RANK cuts the shards short, the others send themselves USR1
+KILL=loop:S          nobody dies; after step S KILL_RANK runs in an endless loop
+KILL=hold:S          nobody dies; ... is in a call that holds Python's lock and does not return
+KILL=stop:S          nobody dies; ... is stopped by SIGSTOP
 KILL_RANK=all        means every rank
+HANG_SECONDS=S       a run is hung after S seconds without progress
 
 For stuck to pause: a process that is where it is wanted says so by making the file that MARK names.
 """
 
+import ctypes
 import errno
 import multiprocessing.process
 import os
@@ -31,8 +36,9 @@ import time
 from pathlib import Path
 
 from msm_dist import pretrain
+from msm_dist.config import Engine
 from msm_dist.data import crops
-from msm_dist.engine import checkpoint
+from msm_dist.engine import checkpoint, hang
 from msm_dist.errors import DataError
 
 what, _, number = os.environ.get("KILL", "").partition(":")
@@ -119,6 +125,17 @@ def pausing(action):
     return paused
 
 
+def standing_still(run, *rest):
+    if run.step == int(number):
+        if what == "hold":
+            ctypes.PyDLL(None).pause()
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while True:
+            pass
+    return stop_if_skipped(run, *rest)
+
+
 def asking(run, *rest):
     if run.step == int(number):
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -147,6 +164,10 @@ def dying(write):
 stop_if_skipped, forward, write_state = pretrain.stop_if_skipped, pretrain.forward, checkpoint._write_state
 if mine and what == "step":
     pretrain.stop_if_skipped = on_step
+if mine and what in ("loop", "hold", "stop"):
+    pretrain.stop_if_skipped = standing_still
+if "HANG_SECONDS" in os.environ:
+    hang.SHARE = float(os.environ["HANG_SECONDS"]) / 60 / Engine().timeout_minutes
 if what == "slow":
     pretrain.stop_if_skipped = slowly
 if mine and what in ("nan", "inf"):

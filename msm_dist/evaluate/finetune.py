@@ -25,6 +25,7 @@ from msm_dist import monitor
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import preempt, state
 from msm_dist.engine.console import outliving_readers
+from msm_dist.engine.hang import watching
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import locked, refuse_if_taken
 from msm_dist.engine.world import join_world, leave_world, noticing_lost_peers
@@ -43,7 +44,7 @@ from msm_dist.evaluate.weights_card import write_card
 from msm_dist.feed import Feed
 from msm_dist.files import write_atomically
 from msm_dist.model.weights import WeightsInfo, read
-from msm_dist.profiling import part
+from msm_dist.profiling import Part, part
 
 
 def finetune(cfg: FinetuneConfig) -> int:
@@ -61,6 +62,7 @@ def finetune(cfg: FinetuneConfig) -> int:
             labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate))
             world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
             run = build(cfg, world, layout, start, labelled, interruption)
+            stack.enter_context(watching(run.progress, world, cfg.run.folder / "hang", cfg.engine.timeout_minutes))
             stack.callback(run.monitor.close)
             stack.callback(run.saver.close)
             if run.valid is not None:
@@ -84,7 +86,7 @@ def train(run: Finetuning) -> int:
     with feeding(run) as feed:
         engine.train()
         while run.step < total_steps:
-            with watch.waiting(), part("data"):
+            with watch.waiting(), doing(run, "data"):
                 batches = feed.next_step()
             if reason := run.interruption.agreed():
                 break
@@ -94,9 +96,9 @@ def train(run: Finetuning) -> int:
             for batch in batches:
                 output = forward(run, batch)
                 loss += output.loss.detach() / len(batches)
-                with part("backward"):
+                with doing(run, "backward"):
                     engine.backward(run.guard.judged(output.loss, loss, is_last=batch is batches[-1]))
-                with part("update"):
+                with doing(run, "update"):
                     engine.step()
             run.step += 1
             stop_if_skipped(run, lr, loss, batches)
@@ -140,11 +142,17 @@ def feeding(run: Finetuning) -> Iterator[Feed]:
 def forward(run: Finetuning, batch: LabelledBatch) -> classifier.Output:
     """Audio to loss and logits, for one micro-batch."""
     batch = batch.to(run.world.device)
-    with part("log-mel"):
+    with doing(run, "log-mel"):
         spectrogram = clip_spectrogram(run.front_end, batch.waveforms, run.engine.module.grid)
         spectrogram = mask_spectrogram(spectrogram, batch.masks)
-    with part("forward"):
+    with doing(run, "forward"):
         return run.engine(spectrogram, batch.targets, batch.ids_keep)
+
+
+def doing(run: Finetuning, name: Part) -> contextlib.AbstractContextManager[object]:
+    """Begin a part of a step, or of judging, for a profiler and for those who look whether the run gets on."""
+    run.progress.at(run.step, name)
+    return part(name)
 
 
 def stop_if_skipped(run: Finetuning, lr: float, loss: torch.Tensor, batches: Sequence[LabelledBatch]) -> None:
@@ -155,6 +163,7 @@ def stop_if_skipped(run: Finetuning, lr: float, loss: torch.Tensor, batches: Seq
 def log_training(run: Finetuning, loss: torch.Tensor, lr: float, watch: monitor.Stopwatch, steps: int) -> None:
     """Record the step just done and the rates of the last `steps`; the only wait for the device in the loop."""
     cfg, world = run.cfg, run.world
+    run.progress.at(run.step, "records")
     loss_sum = world.sum([loss.item()])[0]
     rates = watch.lap(steps, steps * cfg.train.global_batch, run.cut.num_samples / run.cut.sample_rate)
     norm, scale = float(run.engine.get_global_grad_norm()), state.loss_scale(run.engine)
@@ -223,6 +232,7 @@ def judge(run: Finetuning, loader: Loader, num_clips: int, scores: Sequence[str]
 
 def save(run: Finetuning, complete: bool = False) -> None:
     """Begin to write a checkpoint, or wait until it is complete. A collective."""
+    run.progress.at(run.step, "checkpoint")
     run.world.on_main(lambda: refuse_if_taken(run.cfg.run.folder))
     extra = {"cursor": run.step * run.cfg.train.global_batch, "skipped_updates": run.guard.skipped}
     run.saver.begin(run.engine, run.step, extra, run.monitor.sync)

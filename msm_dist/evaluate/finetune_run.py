@@ -16,6 +16,7 @@ from msm_dist.config import BatchLayout
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.divergence import UpdateGuard
+from msm_dist.engine.hang import Progress
 from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.engine.saving import Saver
@@ -55,6 +56,7 @@ class Finetuning:
     monitor: monitor.Monitor
     saver: Saver
     guard: UpdateGuard
+    progress: Progress
     interruption: preempt.Interruption
     matrix_rate: float
     """FLOP/s that this rank's device reaches in a matrix product: what MFU is a share of."""
@@ -121,6 +123,7 @@ def build(
         metrics,
         saver,
         guard,
+        Progress(),
         interruption,
         rate,
         step,

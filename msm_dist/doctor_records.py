@@ -5,17 +5,18 @@ computes them anew, so that those are no fault; a line in the middle that is no 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msm_dist.doctor_files import is_there, lines_of, names_in, read_record
+from msm_dist.doctor_files import is_there, lines_of, names_in, read_plain, read_record
 from msm_dist.doctor_findings import Finding, counted, some
 from msm_dist.errors import DataError
 from msm_dist.plain import shown
 
 CLIPS_SHOWN = 4
+REPORT_SHOWN = 600
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def diverged_findings(folder: Path, skipped_name: str) -> Iterator[Finding]:
         yield Finding("diverged", "warn", str(error), f"rm {path}")
         return
     told = _reported(report)
-    if is_there(started) and path.lstat().st_mtime < started.lstat().st_mtime:
+    if _is_before(path, started):
         yield Finding("diverged", "ok", f"an earlier start did, the run was started again since ({told})")
         return
     remedy = (
@@ -185,8 +186,23 @@ def _reported(report: dict[str, Any]) -> str:
     return ", ".join(said) or "nothing of ours in it"
 
 
-def file_findings(folder: Path, name: str, why: str, remedy: Sequence[str]) -> Iterator[Finding]:
-    """A report in the run folder whose being there is what counts."""
-    path = folder / name
-    if is_there(path):
-        yield Finding(name.removesuffix(".json")[:13], "warn", why, "\n".join(remedy))
+def hang_findings(folder: Path) -> Iterator[Finding]:
+    """hang/report.txt, where a start ended as a rank stood still."""
+    path, started = folder / "hang" / "report.txt", folder / "environment.json"
+    try:
+        if "report.txt" not in names_in(path.parent):
+            return
+        told = " ".join(read_plain(path).decode(errors="replace").split())[:REPORT_SHOWN]
+    except DataError as error:
+        yield Finding("hang", "warn", str(error), f"rm -r {path.parent}")
+        return
+    if _is_before(path, started):
+        yield Finding("hang", "ok", f"an earlier start did, the run was started again since ({path})")
+        return
+    remedy = f"start it again; if it hangs there once more, {path.parent}/rank-*.txt say where each rank stood"
+    yield Finding("hang", "warn", f"the latest start ended so: {told}", remedy)
+
+
+def _is_before(report: Path, started: Path) -> bool:
+    """Whether a report is of a start before the latest one."""
+    return is_there(started) and report.lstat().st_mtime < started.lstat().st_mtime

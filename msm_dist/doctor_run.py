@@ -28,7 +28,7 @@ from msm_dist.doctor_corpus import corpus_findings
 from msm_dist.doctor_export import export_findings
 from msm_dist.doctor_files import is_there, read_plain, read_record
 from msm_dist.doctor_findings import Finding
-from msm_dist.doctor_records import diverged_findings, metrics_findings, skipped_findings, trace_findings
+from msm_dist.doctor_records import diverged_findings, hang_findings, metrics_findings, skipped_findings, trace_findings
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate.finetune_config import FinetuneConfig
@@ -232,6 +232,7 @@ def _records(look: Look) -> Iterator[Finding]:
         yield from trace_findings(folder / "trace", look.step, cfg.train.global_batch)
         yield from skipped_findings(folder / "skipped.jsonl", cfg.optim.max_skipped_updates)
     yield from diverged_findings(folder, "skipped.jsonl")
+    yield from hang_findings(folder)
 
 
 def _corpus(look: Look, quick: bool) -> Iterator[Finding]:

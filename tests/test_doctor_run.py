@@ -391,6 +391,18 @@ def test_updates_left_out_and_divergence_are_explained(killed):
     assert "started again since" in of(killed, "diverged").detail and not_ok(killed) == []
 
 
+def test_a_rank_that_stood_still_is_told_of(killed):
+    (killed / "hang").mkdir()
+    (killed / "hang" / "rank-00000.txt").touch()
+    assert not_ok(killed) == [], "every start makes these"
+    report = killed / "hang" / "report.txt"
+    report.write_text("rank 1 on n2 stood still for 30 s\nin the read of step 13\n")
+    only(killed, "warn", "hang", "rank 1 on n2 stood still for 30 s in the read of step 13", "rank-*.txt")
+    started = (killed / "environment.json").stat().st_mtime
+    os.utime(report, (started - 10, started - 10))
+    assert "started again since" in of(killed, "hang").detail and not_ok(killed) == []
+
+
 def test_a_missing_or_other_corpus_fails_an_unfinished_run_only(killed, runs, tmp_path):
     config = killed / "config.yaml"
     text = config.read_text()

@@ -32,7 +32,7 @@ struct rule {
     int32_t error;       /* of FAIL */
     int32_t rank;        /* of the process by its RANK; -1: any */
     int32_t passed;      /* how many calls are let pass first */
-    int32_t unused;
+    volatile int32_t turn;   /* another one each time the place of a rule is taken again */
     int64_t nanoseconds; /* of DELAY */
     char path[224];      /* a pattern of fnmatch for the whole path, of a rename the old one */
     char content[32];    /* what the bytes written contain; empty: anything */
@@ -75,7 +75,8 @@ static struct rule *meet(int call, const char *path, const void *content, size_t
         if (__atomic_add_fetch(&rule->hits, 1, __ATOMIC_SEQ_CST) <= rule->passed) continue;
         if (rule->action == FAIL) return rule;
         if (rule->action == DELAY) wait_for(rule->nanoseconds);
-        while (rule->action == PAUSE && rule->active) wait_for(2000000);
+        int turn = rule->turn;
+        while (rule->action == PAUSE && rule->active && rule->turn == turn) wait_for(2000000);
     }
     return NULL;
 }

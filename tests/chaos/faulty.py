@@ -27,7 +27,7 @@ class _Rule(ctypes.Structure):
         ("error", ctypes.c_int32),
         ("rank", ctypes.c_int32),
         ("passed", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("turn", ctypes.c_int32),
         ("nanoseconds", ctypes.c_int64),
         ("path", ctypes.c_char * 224),
         ("content", ctypes.c_char * 32),
@@ -103,6 +103,7 @@ class Faulty:
 
     def _add(self, where: Where, action: int, error: int = 0, nanoseconds: int = 0) -> _Rule:
         rule = next(rule for rule in self._control.rules if not rule.active)
+        rule.turn += 1
         rule.hits, rule.calls, rule.action, rule.error = 0, where.calls, action, error
         rule.nanoseconds, rule.rank, rule.passed = nanoseconds, where.rank, where.passed
         rule.path, rule.content = where.path.encode(), where.content.encode()

@@ -88,7 +88,7 @@ def test_shard_changed_after_it_was_read_gives_no_crop_and_is_named(index, chang
 # One whose times and size are kept is not noticed there: nothing but the bytes would tell (data.verify=digest).
 @pytest.mark.parametrize("change", [value for value in CHANGES.values() if value[0] is not replace_keeping_times])
 def test_shard_changed_between_the_start_and_its_first_read_is_named_too(index, change, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
     start = stamps(shard.location for shard in index.shards)
     act, _ = change
     act(index.shards[1].path)

@@ -1,11 +1,18 @@
 """Whole runs whose files change under them: what was saved is verified, what is trained on is what the index says."""
 
 import contextlib
+import io
+import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+import soundfile
 
+from msm_dist.changed import CHANGED_FILE
+from msm_dist.data.index import load_index, members
 from tests.forking import Forker
 from tests.test_preempt import ForkedRuns
 from tests.test_pretrain import finish
@@ -62,3 +69,82 @@ def test_run_without_a_good_checkpoint_stops_with_a_remedy_and_goes_on_when_one_
     codes, output = runs.run("spoilt")
     assert codes == [0, 0], output
     runs.is_as_undisturbed("spoilt")
+
+
+LONG = ("train.steps=44", "train.valid_every=8", "train.valid_clips=4")
+
+
+def with_padding(flac: bytes, size: int) -> bytes:
+    """The same sound in a FLAC file of so many bytes."""
+    end = 4
+    while True:
+        header, end = end, end + 4 + int.from_bytes(flac[end + 1 : end + 4], "big")
+        if flac[header] & 0x80:
+            break
+    length = size - len(flac) - 4
+    block = bytes([0x81]) + length.to_bytes(3, "big") + bytes(length)
+    return flac[:header] + bytes([flac[header] & 0x7F]) + flac[header + 1 : end] + block + flac[end:]
+
+
+def quieter(shard: Path, path: Path) -> None:
+    """Overwrite a shard's clips in `path` by valid ones of their size and length: the same, an eighth as loud."""
+    table = members(next(known for known in load_index(str(shard.parent)).shards if known.name == shard.name))
+    with path.open("r+b") as file:
+        for row in table:
+            file.seek(row["offset"])
+            sound, rate = soundfile.read(io.BytesIO(file.read(row["size"])), dtype="int16")
+            encoded = io.BytesIO()
+            soundfile.write(encoded, sound // 8, rate, format="FLAC", subtype="PCM_16")
+            file.seek(row["offset"])
+            file.write(with_padding(encoded.getvalue(), int(row["size"])))
+
+
+def replaced(shard: Path) -> None:
+    """Another file of the same size takes its name."""
+    other = Path(shutil.copy(shard, shard.with_name("other")))
+    quieter(shard, other)
+    other.rename(shard)
+
+
+# What happens, what is said of it, loader workers.
+CHANGES = [
+    (lambda shard: quieter(shard, shard), "was written to", 1),
+    (Path.unlink, "was deleted", 0),
+    (lambda shard: os.truncate(shard, 3000), "has 3000 bytes, its index says", 1),
+    (replaced, "was replaced by another file", 0),
+]
+
+
+def test_shards_changed_in_mid_run_stop_it_saved_until_they_are_restored_and_nothing_of_them_is_trained_on(
+    runs, tmp_path
+):
+    codes, output = runs.run("whole", *LONG)
+    assert codes == [0, 0], output
+    shards = shutil.copytree(runs.train, tmp_path / runs.train.name)
+    shard = shards / "clips-000001.tar"
+    listed = runs.folder / "changed" / CHANGED_FILE
+    step = 0
+    for change, told, workers in CHANGES:
+        settings = (*LONG, f"data.shards={shards}", f"data.num_workers={workers}")
+        # It waits in the next validation, at a step between this and the one it stops at.
+        processes = runs.reach("changed", *settings, KILL="pause:validate", KILL_RANK="all")
+        whole = shard.read_bytes()
+        change(shard)
+        runs.go.touch()
+        codes, output = finish(processes, end_peers=False)
+        assert codes == [2, 2], output
+        assert f"clips-000001.tar {told}" in output
+        assert "stopped and saved at step" in output and "Traceback" not in output
+        assert step < (step := runs.newest("changed"))
+        assert [entry["name"] for entry in json.loads(listed.read_text())] == ["clips-000001.tar"]
+
+        codes, output = finish(runs.start("changed", *settings), end_peers=False)
+        assert codes == [2, 2], output
+        assert "clips-000001.tar" in output and "Traceback" not in output
+        assert runs.newest("changed") == step and listed.exists()
+        shard.write_bytes(whole)
+    codes, output = runs.run("changed", *LONG, f"data.shards={shards}")
+    assert codes == [0, 0], output
+    assert "note       shards that had changed are what they were again: clips-000001.tar" in output
+    assert not listed.exists()
+    runs.is_as_undisturbed("changed", "whole")

@@ -323,7 +323,7 @@ def test_signal_to_one_rank_stops_all_after_a_save_and_the_run_continues(runs, s
     assert runs.weights(name) == runs.weights("undisturbed")
 
 
-def wait_for(condition, processes, timeout=90):
+def wait_for(condition, processes, timeout=600):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline

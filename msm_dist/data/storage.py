@@ -12,7 +12,6 @@ changed since they were first seen, so that nothing is made of their bytes.
 """
 
 import errno
-import itertools
 import mmap
 import os
 import time
@@ -27,8 +26,7 @@ from msm_dist.config import Data
 from msm_dist.errors import DataError
 
 MAX_OPEN_FILES = 128
-OPEN_RETRIES = 3
-RETRY_SECONDS = 0.1  # before the first retry; doubled each time
+PAUSES = (0.1, 0.2, 0.4)  # seconds before each retry
 UNKNOWN_SIZE = -1
 
 
@@ -246,7 +244,7 @@ def _is_http(location: str) -> bool:
 
 def _status(location: str) -> os.stat_result | None:
     """What the file system says of a file, None where it is gone. Raises DataError."""
-    for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
+    for pause in (*PAUSES, None):
         try:
             return os.stat(location)
         except FileNotFoundError:
@@ -258,13 +256,13 @@ def _status(location: str) -> os.stat_result | None:
         if pause is not None:
             time.sleep(pause)
     raise DataError(
-        f"{location}: can't be looked at ({fault}), tried {OPEN_RETRIES + 1} times; mend that and start again: the run "
+        f"{location}: can't be looked at ({fault}), tried {len(PAUSES) + 1} times; mend that and start again: the run "
         "continues from its last checkpoint"
     )
 
 
 def _map(location: str, size: int) -> tuple[mmap.mmap, os.stat_result]:
-    for pause in itertools.chain((RETRY_SECONDS * 2**retry for retry in range(OPEN_RETRIES)), [None]):
+    for pause in (*PAUSES, None):
         try:
             with open(location, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -275,6 +273,6 @@ def _map(location: str, size: int) -> tuple[mmap.mmap, os.stat_result]:
         if pause is not None:
             time.sleep(pause)
     raise DataError(
-        f"{location}: can't be read ({fault}), tried {OPEN_RETRIES + 1} times; restore it and start again: "
+        f"{location}: can't be read ({fault}), tried {len(PAUSES) + 1} times; restore it and start again: "
         "the run continues from its last checkpoint"
     )

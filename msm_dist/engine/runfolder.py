@@ -35,7 +35,7 @@ ENDING_SECONDS = 20.0
 TAKEN_EXIT_CODE = 1
 
 # What may differ between two starts of one run: none of it changes what is computed at a step, but that a
-# longer run's learning rate follows its own, longer cosine.
+# longer run's learning rate follows its own, longer cosine, and that another precision rounds otherwise.
 MAY_CHANGE = (
     "run.dir",
     "data.shards",
@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.epochs",
     "train.micro_batch",
+    "train.precision",
     "train.log_every",
     "train.valid_every",
     "train.valid_clips",
@@ -64,6 +65,7 @@ MAY_CHANGE = (
     "engine.",
     "probe.",
 )
+WORTH_A_WORD = ("train.precision",)
 
 
 @contextlib.contextmanager
@@ -100,14 +102,14 @@ def refuse_if_taken(folder: Path) -> None:
         raise CheckpointError(_taken(folder, owner))
 
 
-def compare_config(folder: Path, cfg: BaseModel, may_change: Sequence[str] = MAY_CHANGE) -> None:
-    """Raise ConfigError for a configuration that differs from the recorded one where it may not.
+def compare_config(folder: Path, cfg: BaseModel, may_change: Sequence[str] = MAY_CHANGE) -> list[str]:
+    """Raise ConfigError for a configuration that differs from the recorded one where it may not; what to say else.
 
     A setting that the recorded one lacks, as the run began with an earlier version, has its default; `may_change` are
     settings, or beginnings of their names. Of two mixes the weights are left to `compare_plan`, which knows what they
     come to. A length below the one reached is refused where the step is known.
     """
-    path = folder / "config.yaml"
+    path, notes = folder / "config.yaml", []
     if path.exists():
         try:
             defaults = flat_settings(type(cfg).model_construct().model_dump(mode="json"))
@@ -131,6 +133,12 @@ def compare_config(folder: Path, cfg: BaseModel, may_change: Sequence[str] = MAY
                     ]
                 )
             )
+        notes = [
+            f"{name}: {recorded[name]} until now, {wanted[name]} from here on"
+            for name in WORTH_A_WORD
+            if name in wanted and recorded.get(name) != wanted[name]
+        ]
+    return notes
 
 
 def compare_plan(folder: Path, plan: dict[str, Any]) -> None:

@@ -6,15 +6,18 @@ compared.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
+from safetensors.torch import load_file
 
 from msm_dist.doctor_checkpoints import Seen
-from msm_dist.doctor_files import check_folder, is_there, names_in, plain_size
+from msm_dist.doctor_files import check_folder, is_there, names_in, plain_size, read_record
 from msm_dist.doctor_findings import Finding
 from msm_dist.engine.stored import MASTER, Saved
 from msm_dist.errors import CheckpointError, DataError
+from msm_dist.evaluate.classifier import HEAD_CONFIG_FILE, HEAD_FILE
 from msm_dist.model.weights import CLASSIFIER_FOLDER, read
 
 
@@ -32,8 +35,10 @@ def export_findings(folder: Path, start: Seen | None, total_steps: int | None, q
         place = export / CLASSIFIER_FOLDER if CLASSIFIER_FOLDER in names_in(export) else export
         for name in ("config.json", "model.safetensors"):
             plain_size(place / name)
-        # Read without the search of the folder above it, whose export may be a link by now.
+        # By its file, as the search in the folder above it would follow a link.
         state, info = read(place / "model.safetensors", any_positions=True)
+        if HEAD_FILE in names_in(place):
+            state |= _head(place)
     except (DataError, CheckpointError) as error:
         yield Finding("export", "fail" if is_due else "warn", str(error), remedy)
         return
@@ -45,14 +50,30 @@ def export_findings(folder: Path, start: Seen | None, total_steps: int | None, q
         yield Finding("export", status, detail, remedy if is_due else "nothing: a run that finishes replaces it")
     elif quick:
         yield Finding("export", "ok", f"{told}, of step {step}")
-    elif differing := _differing(state, start.saved):
+    elif differing := _differing(state, start.saved, _untrained(info.origin)):
         detail = f"{told}, but {differing} is not as in {start.folder.name}"
         yield Finding("export", "fail", detail, remedy)
     else:
         yield Finding("export", "ok", f"{told}, each as in {start.folder.name}")
 
 
-def _differing(state: dict[str, torch.Tensor], saved: Saved) -> str | None:
+def _head(place: Path) -> dict[str, torch.Tensor]:
+    """The head of a classifier, by the names that it has in checkpoints. Raises DataError, CheckpointError."""
+    read_record(place / HEAD_CONFIG_FILE)
+    plain_size(place / HEAD_FILE)
+    try:
+        return {f"head.{name}": value for name, value in load_file(place / HEAD_FILE).items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{place / HEAD_FILE}: not a readable head ({error})") from None
+
+
+def _untrained(origin: dict[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that are beside the trained ones, and in no checkpoint."""
+    parts = origin.get("untrained")
+    return tuple(f"{part}." for part in parts if isinstance(part, str)) if isinstance(parts, list) else ()
+
+
+def _differing(state: dict[str, torch.Tensor], saved: Saved, untrained: tuple[str, ...]) -> str | None:
     """The first exported tensor that is not the checkpoint's fp32 master of that name."""
     found = set()
     for name in saved.meta["files"]:
@@ -64,4 +85,4 @@ def _differing(state: dict[str, torch.Tensor], saved: Saved) -> str | None:
                 found.add(parameter)
                 if parameter not in state or not torch.equal(state[parameter], file.get_tensor(key)):
                     return parameter
-    return min(set(state) - found, default=None)
+    return min((name for name in state if name not in found and not name.startswith(untrained)), default=None)

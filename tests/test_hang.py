@@ -81,7 +81,7 @@ def test_report_says_who_where_and_what_to_do():
 def test_report_tells_of_a_silent_rank_what_is_known():
     text = report({0: position(5, answers=False), 1: Position(0, 0, "start", "", 0)}, 1.0, Path("x"))
     assert "rank 0 (here, process 7), which does not answer (stopped, or in a call that holds Python's lock" in text
-    assert "last at step 5 (data); rank 1, which was never heard of." in text
+    assert "last heard of at step 5 (data); rank 1, which was never heard of." in text
 
 
 def test_state_of_a_process_is_told():

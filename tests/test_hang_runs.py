@@ -1,6 +1,7 @@
 """Real runs of two ranks that stand still in every way: named, on record, ended, and continued to the same bits."""
 
 import contextlib
+import re
 import signal
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def test_run_that_stands_still_ends_with_the_rank_named_and_continues_to_the_sam
     codes, output, stacks = hang(runs, "hold:9", 1)
     assert codes == [4, 1], output
     assert "Held up by rank 1 (" in output
-    assert "does not answer (waiting, or in a call that holds Python's lock), last at step 9 (update)" in output
+    # Where it was a moment before is all that is known.
+    assert re.search(
+        r"does not answer \(waiting, or in a call that holds Python's lock\), last heard of at step [89] \(", output
+    )
     assert "standing_still" in stacks[1]
     # A stopped process, which can tell nothing at all: the rank that has the store, and one that has not.
     codes, output, stacks = hang(runs, "stop:10", 1)

@@ -177,8 +177,7 @@ class _Watch:
         os._exit(EXIT_CODE)
 
     def _keep_in_touch(self) -> None:
-        # With the host of the store the run has ended.
-        with contextlib.suppress(RuntimeError):
+        try:
             while not self._wake.wait(self._poll):
                 self._store.set(f"{KEY}/at/{self._world.rank}", self._position())
                 if self._store.check([f"{KEY}/stuck"]):
@@ -186,6 +185,10 @@ class _Watch:
                     self._wake.set()
             if self._stuck.is_set():
                 self._confer()
+                self._conferred.set()
+        except RuntimeError:
+            # Rank 0, where the store is, has ended; where the run is stuck it does that when all is said.
+            if self._stuck.is_set():
                 self._conferred.set()
 
     def _confer(self) -> None:
@@ -203,9 +206,15 @@ class _Watch:
             self._until(deadline, lambda: all(position.answers for position in self._positions().values()))
         elif self._until(deadline + self._patience / 2, said) or store.add(f"{KEY}/speakers", 1) > 1:
             self._until(deadline + self._patience, said)
+            store.add(f"{KEY}/heard", 1)
             return
-        self._say(report(self._positions(), self._idleness.seconds, self._folder))
+        positions = self._positions()
+        self._say(report(positions, self._idleness.seconds, self._folder))
         store.set(f"{KEY}/said", "")
+        # The store ends with rank 0, and others may be in a call of it.
+        hearing = sum(position.answers for position in positions.values()) - 1
+        self._until(deadline + self._patience, lambda: store.add(f"{KEY}/heard", 0) >= hearing)
+        time.sleep(self._poll)
 
     def _until(self, deadline: float, condition: Callable[[], bool]) -> bool:
         while not (met := condition()) and time.monotonic() < deadline:
@@ -245,7 +254,9 @@ def _describe(rank: int, position: Position) -> str:
     cause = "stopped, or in a call that holds Python's lock, or its machine is gone"
     if position.host == socket.gethostname():
         cause = f"{state_of(position.pid)}, or in a call that holds Python's lock"
-    return f"rank {rank} ({position.host}, process {position.pid}), which does not answer ({cause}), last {where}"
+    return (
+        f"rank {rank} ({position.host}, process {position.pid}), which does not answer ({cause}), last heard of {where}"
+    )
 
 
 def _open(path: Path) -> int:

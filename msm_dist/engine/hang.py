@@ -213,7 +213,7 @@ class _Watch:
         store.set(f"{KEY}/said", "")
         # The store ends with rank 0, and others may be in a call of it.
         hearing = sum(position.answers for position in positions.values()) - 1
-        self._until(deadline + self._patience, lambda: store.add(f"{KEY}/heard", 0) >= hearing)
+        self._until(deadline + self._patience / 2, lambda: store.add(f"{KEY}/heard", 0) >= hearing)
         time.sleep(self._poll)
 
     def _until(self, deadline: float, condition: Callable[[], bool]) -> bool:
@@ -246,17 +246,15 @@ class _Watch:
 
 
 def _describe(rank: int, position: Position) -> str:
-    where = f"at step {position.step} ({position.place})"
-    if position.answers:
-        return f"rank {rank} ({position.host}, process {position.pid}) {where}"
     if not position.pid:
         return f"rank {rank}, which was never heard of"
+    who, where = f"rank {rank} ({position.host}, process {position.pid})", f"at step {position.step} ({position.place})"
+    if position.answers:
+        return f"{who} {where}"
     cause = "stopped, or in a call that holds Python's lock, or its machine is gone"
     if position.host == socket.gethostname():
         cause = f"{state_of(position.pid)}, or in a call that holds Python's lock"
-    return (
-        f"rank {rank} ({position.host}, process {position.pid}), which does not answer ({cause}), last heard of {where}"
-    )
+    return f"{who}, which does not answer ({cause}), last heard of {where}"
 
 
 def _open(path: Path) -> int:

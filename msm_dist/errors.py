@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from msm_dist.redact import redacted
+
 
 class MsmError(Exception):
     """Anything the user can put right. The message names value, rule and remedy."""
@@ -16,6 +18,10 @@ class MsmError(Exception):
     exit_code = 2
     on_all_ranks = False
     """Raised on every rank alike, so that one of them is enough to tell the user."""
+
+    def __str__(self) -> str:
+        """The message as it may be shown and kept: without secrets, and without what steers a terminal."""
+        return redacted(super().__str__())
 
 
 class ConfigError(MsmError):

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"errors", "files", "plain"},
+    {"errors", "files", "plain", "redact"},
     {"config"},
     {"data", "features", "kernels"},
     {"model"},

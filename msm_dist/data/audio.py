@@ -23,6 +23,7 @@ from msm_dist.data.mp3 import Prefixed, with_length
 from msm_dist.data.ogg import damaged_page, is_ogg
 from msm_dist.data.view import View
 from msm_dist.errors import MsmError
+from msm_dist.redact import redacted
 
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
 MIN_RATE = 1_000
@@ -52,7 +53,7 @@ class BadClip(MsmError):
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.detail})"
+        return redacted(f"{self.reason} ({self.detail})")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from msm_dist.data.remote import AGAIN, MAX_SMALL_FILE, SIZES_PER_CONNECTION, Unavailable, attempt_seconds
 from msm_dist.data.storage import Access, Span, check_size
 from msm_dist.errors import DataError
+from msm_dist.redact import redacted
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 SHOWN_CHARACTERS = 200
@@ -140,4 +141,4 @@ def _file_system(location: str, access: Access):
 def _shown(error: Exception) -> str:
     """An error in short, without what may be a signature in a URL."""
     lines = str(error).splitlines() or [""]
-    return re.sub(r"\?\S+", "?...", f"{type(error).__name__}: {lines[0]}")[:SHOWN_CHARACTERS]
+    return redacted(re.sub(r"\?\S+", "?...", f"{type(error).__name__}: {lines[0]}"))[:SHOWN_CHARACTERS]

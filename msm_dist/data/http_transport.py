@@ -245,9 +245,14 @@ def _pool(location: str, access: Access) -> urllib3.PoolManager:
     if proxy is None or proxy_bypass(parts.netloc):
         pool = urllib3.PoolManager(**settings)
     else:
-        user = urlsplit(proxy)
-        login = f"{user.username}:{user.password or ''}" if user.username else None
-        pool = urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login), **settings)
+        try:
+            user = urlsplit(proxy)
+            login = f"{user.username}:{user.password or ''}" if user.username else None
+            pool = urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login), **settings)
+        except (exceptions.HTTPError, ValueError):  # both quote it, with its password
+            raise DataError(
+                f"{location}: the proxy in {parts.scheme}_proxy is no URL of one; write http://HOST:PORT"
+            ) from None
     pool.pool_classes_by_scheme = POOLS
     return pool
 
@@ -260,6 +265,7 @@ def _login(location: str) -> dict[str, str]:
     try:
         entry = netrc.netrc(path).authenticators(urlsplit(location).hostname or "")
     except (netrc.NetrcParseError, OSError) as error:
-        fault = getattr(error, "msg", None) or getattr(error, "strerror", "")
-        raise DataError(f"{path}: can't be read ({fault}); mend it, or let NETRC name another file") from None
+        # The parser's own words quote the token that it stumbled over, which may be a password.
+        place = f"line {error.lineno} is not understood" if isinstance(error, netrc.NetrcParseError) else error.strerror
+        raise DataError(f"{path}: can't be read ({place}); mend it, or let NETRC name another file") from None
     return urllib3.make_headers(basic_auth=f"{entry[0]}:{entry[2]}") if entry else {}

@@ -29,6 +29,7 @@ from typing import BinaryIO
 from msm_dist.data.remote import AGAIN, MAX_SMALL_FILE, Unavailable, at_once, attempt_seconds
 from msm_dist.data.storage import MAX_OPEN_FILES, UNKNOWN_SIZE, Access, Span, check_size, split
 from msm_dist.errors import DataError
+from msm_dist.redact import redacted
 
 KEPT_BYTES = 8 * 2**30  # of shards; a worker's lanes lie in that much at once, or every block streams a shard again
 PIECE_BYTES = 2**20
@@ -39,6 +40,7 @@ CANT_RUN = (126, 127)  # exit codes of a shell that finds no such command, or no
 GUARDED = 'exec 3<&0 </dev/null; { read -r line <&3; kill -KILL 0; } >/dev/null 2>&1 & exec /bin/sh -c "$1" 3<&-'
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)")
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +186,7 @@ def _run(location: str, take: Callable[[bytes], None], timeout: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
         if fault is None:
             return
-        fault += _complaint(said)
+        fault += _without_values(_complaint(said), location)
     if process.returncode in CANT_RUN:
         raise DataError(f"{location}: its command can't be run ({fault}); mend data.shards or the machine's PATH")
     log.warning("%s: %s", location, fault)
@@ -215,6 +217,14 @@ def _end_of(process: subprocess.Popen, timeout: float) -> str | None:
     except subprocess.TimeoutExpired:
         return f"its output ended, but the command did not for {timeout:g} s"
     return f"exit code {code}" if code else None
+
+
+def _without_values(text: str, command: str) -> str:
+    """What a command said, without the values of the variables that it names, such as a token."""
+    for name in _VARIABLE.findall(command):
+        if len(value := os.environ.get(name, "")) >= 4:
+            text = text.replace(value, f"${name}")
+    return redacted(text)
 
 
 def _complaint(said: BinaryIO) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.model.weights import CONFIG_FILE, WEIGHTS_FILE
+from msm_dist.redact import redacted
 
 SCHEME = "hf:/"  # as it begins in a Path, too, which keeps one of two slashes
 _REFERENCE = re.compile(r"hf:/{1,2}(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
@@ -28,7 +29,7 @@ def download(reference: str) -> Path:
     try:
         found = snapshot_download(parts["name"], revision=parts["revision"], allow_patterns=[WEIGHTS_FILE, CONFIG_FILE])
     except Exception as error:  # those of the HTTP library below it differ from version to version
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        reason = redacted(" ".join((str(error) or type(error).__name__).split()))[:300]
         raise CheckpointError(
             f"{reference}: can't be fetched ({reason}); check owner, name and revision, the network, and for a private "
             "repository HF_TOKEN"

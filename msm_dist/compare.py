@@ -6,7 +6,6 @@ tolerance. Speed and environment are shown, not judged. Fails with Mismatch, whi
 disagreement, and with the errors of unreadable files.
 """
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from msm_dist.config import flat_items, flat_settings, is_finetuning, load_confi
 from msm_dist.data.mix import count_places
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.monitor import read_metrics
+from msm_dist.plain import parse_json
 
 TOLERANCE = 0.05
 SMOOTHED_POINTS = 5
@@ -111,7 +111,7 @@ def read_record(folder: Path) -> Record:
             )
     path = folder / "environment.json"
     try:
-        environment = flat_items(json.loads(path.read_text(encoding="utf-8")))
+        environment = flat_items(parse_json(path.read_bytes()))
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: can't be read ({error}); a run writes it when it starts") from None
     environment.pop("started", None)

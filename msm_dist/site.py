@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from msm_dist.errors import ConfigError
+from msm_dist.plain import parse_yaml
 from msm_dist.sweep import repeated_key
 
 PLAIN_PYTHON = "python3"
@@ -137,13 +138,13 @@ def load_site(path: Path | None) -> Site:
         return Site()
     try:
         text = path.read_text(encoding="utf-8")
-        root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        values, root = parse_yaml(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such cluster profile; slurm/cluster.example.yaml shows one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `field: value` lines; slurm/cluster.example.yaml shows them")
     if values and (twice := repeated_key(root)):

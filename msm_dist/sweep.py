@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from msm_dist.errors import ConfigError
+from msm_dist.plain import parse_yaml
 
 MOST_VARIANTS = 1000
 LONGEST_NAME = 120
@@ -114,8 +115,8 @@ def _split(word: str, text: str) -> list[str]:
 
 def _parsed(place: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return parse_yaml(text)
+    except ValueError:
         raise ConfigError(f"{place!r}: the value is not valid YAML; quote it") from None
 
 
@@ -162,11 +163,11 @@ def _file_axes(path: Path) -> Iterator[list[Choice]]:
 def _read(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        content, root = parse_yaml(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold {', '.join(f'`{key}:`' for key in FILE_KEYS)} of a sweep")
     if twice := repeated_key(root):

@@ -23,6 +23,7 @@ from msm_dist.data import ogg
 from msm_dist.data.index import Index, Shard, file_sha256, load_index, member_table, members, write_index, write_members
 from msm_dist.data.logmel import encode_clip
 from msm_dist.data.verify import verify_shards
+from msm_dist.errors import DataError
 from msm_dist.evaluate.recordings import read_audio
 from msm_dist.features import LogMel
 from msm_dist.model import weights
@@ -341,13 +342,17 @@ def test_sidecar_that_claims_too_much_is_refused(bounded, corpus, field, value):
     assert "members.npy" in bounded.refused(inspect_first, corpus.location, extra=FEW)
 
 
+@pytest.mark.parametrize("codec", [b"/../../x", b"\x80", b"", b"a.b"])
+def test_codec_of_a_sidecar_is_a_plain_word(corpus, codec):
+    """It ends the name of the file that `inspect --original` writes, which was once outside of its folder."""
+    claim_rows(corpus, lambda table: table.__setitem__("format", codec))
+    with pytest.raises(DataError, match="codecs"):
+        members(load_index(corpus.location).shards[0])
+
+
 def sidecar(header: str, content: bytes = b"") -> bytes:
     text = header.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
-
-
-class Ran(Exception):
-    """Code of a pickle ran."""
 
 
 class Payload:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from msm_dist.data.index import INDEX_NAME, UNFINISHED_NAME, Index, check_shards, load_index
 from msm_dist.errors import ConfigError, DataError
+from msm_dist.plain import parse_json
 
 SETTINGS_NAME = "pack.json"
 
@@ -26,7 +27,7 @@ def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     if not path.exists() and ((out / INDEX_NAME).exists() or any(out.glob("*.tar"))):
         raise ConfigError(f"{out}: holds shards that were not packed by this command; choose another output folder")
     out.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
         _lock(file, out)
         file.seek(0)
         if content := file.read():
@@ -72,7 +73,7 @@ def _lock(file: TextIO, out: Path) -> None:
 
 def _compare(content: str, identity: dict[str, Any], out: Path) -> None:
     try:
-        earlier = json.loads(content)
+        earlier = parse_json(content)
         different = {name: earlier.get(name) for name in identity if earlier.get(name) != identity[name]}
     except (ValueError, AttributeError):
         raise ConfigError(f"{out / SETTINGS_NAME}: is damaged; remove {out} or choose another output folder") from None

@@ -463,8 +463,12 @@ def _checked_table(shard: Shard, content: bytes) -> np.ndarray:
     inside = (table["offset"] >= 0) & (table["size"] > 0) & (table["offset"] <= shard.bytes - table["size"])
     # More samples than that would overflow where they are counted at another rate.
     lengths = (table["samples"] > 0) & (table["samples"] < MOST_SAMPLES)
-    if not (inside & lengths & (table["rate"] > 0)).all():
-        raise DataError(f"{path}: names clips outside {shard.name}, without samples or of impossible lengths; {remedy}")
+    # The name of a codec ends that of a file that `inspect` writes.
+    codecs_known = all(name.isalnum() for name in np.unique(table["format"]).tolist())
+    if not codecs_known or not (inside & lengths & (table["rate"] > 0)).all():
+        raise DataError(
+            f"{path}: names clips outside {shard.name}, without samples, or of impossible lengths or codecs; {remedy}"
+        )
     return table
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from msm_dist.engine.runfolder import compare_plan
 from msm_dist.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ from msm_dist.evaluate.finetune_data import Cut
 from msm_dist.model import weights
 from msm_dist.model.tensors import differences
 from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo, weights_folder
+from msm_dist.plain import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def compare_identity(cfg: FinetuneConfig, identity: dict[str, Any]) -> None:
         compare_plan(cfg.run.folder, identity)
     except ConfigError as error:
         try:
-            recorded = yaml.safe_load((cfg.run.folder / "config.yaml").read_text(encoding="utf-8"))["data"]["task"]
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            recorded = parse_yaml((cfg.run.folder / "config.yaml").read_text(encoding="utf-8"))["data"]["task"]
+        except (OSError, ValueError, LookupError, TypeError):
             recorded = cfg.data.task
         told = "" if recorded == cfg.data.task else f"\nIts task was {recorded}, now it is {cfg.data.task}."
         raise ConfigError(f"{error}{told}") from None

@@ -4,12 +4,12 @@ In: a folder of one scene task: task_metadata.json, labelvocabulary.csv (idx,lab
 and <rate>/<split>/<file>. Out: its files and labels. Fails with DataError; tasks of events are refused.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from msm_dist.errors import DataError
 from msm_dist.evaluate.recipes import read_csv
+from msm_dist.plain import parse_json
 
 METADATA_NAME, VOCABULARY_NAME = "task_metadata.json", "labelvocabulary.csv"
 CHOICES = {
@@ -99,10 +99,10 @@ def _audio(folder: Path, sample_rate: int) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds no JSON object")

@@ -302,7 +302,7 @@ def _csv_rows(path: Path) -> tuple[list[Row], str, bool]:
 
 def _natural(text: str) -> tuple[int, int, str]:
     """Numbers by their value, before other text."""
-    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
+    return (0, int(text), text) if text.isdecimal() and len(text) < 1000 else (1, 0, text)
 
 
 def _one_fold(splits: Sequence[str], source: str) -> tuple[Fold, ...]:
@@ -325,10 +325,18 @@ def _rotations(names: Sequence[str], source: str) -> tuple[Fold, ...]:
 
 
 def _check_files(clips: Sequence[TaskClip], source: str, remedy: str) -> None:
-    if absent := [str(clip.path) for clip in clips if not clip.path.is_file()]:
+    if absent := [str(clip.path) for clip in clips if not _is_file(clip.path)]:
         raise DataError(
             f"{source}: {len(absent)} of {len(clips)} audio files are not there; {remedy}:\n{listed(absent)}"
         )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _tasks_in(folder: Path) -> list[str]:

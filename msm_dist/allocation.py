@@ -28,6 +28,7 @@ MEANINGS = {
     1: "a rank lost the others or failed; the first message above says why, unless a rank was killed",
     2: "not started or stopped for the reason above, which a restart does not mend",
     3: "diverged: the message above names the clips and the learning rate",
+    4: "stood still: hang/report.txt in the run folder names the ranks that held it up",
     75: "saved, asks to be run again",
     129: "stopped by HUP (a closed terminal) and saved, unless the message above says otherwise",
     130: "stopped by INT and saved, unless the message above says otherwise",

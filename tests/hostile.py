@@ -26,6 +26,8 @@ from msm_dist.errors import MsmError
 from msm_dist.evaluate.encoder import Encoder
 
 MIB = 2**20
+FEW = 64 * MIB
+"""What reading a small file may take, with the libraries that it loads on the way."""
 PRELOADED = ["tests.hostile", "numpy", "soundfile", "torch", "safetensors.torch", "msm_dist.model.weights"]
 PRELOADED += ["msm_dist.data.shards", "msm_dist.data.inspect", "msm_dist.data.verify", "msm_dist.evaluate.encoder"]
 SECONDS = 120

@@ -61,6 +61,7 @@ stop_if_skipped = pretrain.stop_if_skipped
 
 def dying(run, *rest):
     if run.step == 6:
+        run.saver.finish()  # the write of step 4 may take longer than two steps
         os.kill(os.getpid(), signal.SIGKILL)
     stop_if_skipped(run, *rest)
 

@@ -47,10 +47,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in marked]
             config.hook.pytest_deselected(items=marked)
     config.stash[LEFT_OUT] = dict(left_out)
-    # With `-n`: a file's tests share what they have made, and tests that start several processes come one by one.
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        several = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
-        item.add_marker(pytest.mark.xdist_group("several processes" if several else item.path.name))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -114,7 +114,9 @@ def steps_done(folder: Path) -> int:
 @contextlib.contextmanager
 def standing(suffix: str = "", **settings: str) -> Iterator[Lab]:
     """A cluster for the time of the block, with settings of slurm-up.sh; its logs stay in /run until the next one."""
-    name = os.environ.get("SLURM_LAB_NAME") or f"msm{zlib.crc32(str(ROOT).encode()) % 10**6}"
+    # Of a file of tests that runs beside another (-n): a cluster of its own.
+    place = f"{ROOT}{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    name = os.environ.get("SLURM_LAB_NAME") or f"msm{zlib.crc32(place.encode()) % 10**6}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     # The nodes' GPUs are none.
     ours = {"PATH": path, "SLURM_LAB_NAME": name + suffix, "OMP_NUM_THREADS": "1", "MSM_DIST_DEVICE": "cpu"}

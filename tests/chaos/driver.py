@@ -24,6 +24,7 @@ GLOBAL_BATCH = 16
 SECONDS = 600.0
 """For whatever is waited for: a machine may be busy; a run that hangs is found all the same."""
 KEPT_OUTPUT = 6000
+CONTINUED = "continued from "
 
 
 class BrokenPromise(Exception):
@@ -49,6 +50,11 @@ class Start:
             time.sleep(0.01)
         self.output = "\n".join(rank.communicate()[0] for rank in self.ranks)
         self.codes = [rank.returncode for rank in self.ranks]
+
+    @property
+    def is_unannounced(self) -> bool:
+        """Whether it ended before it said where it begins."""
+        return CONTINUED not in self.output and "from step 0" not in self.output
 
     def expect(self, codes: Sequence[int], *texts: str) -> None:
         """Wait for the end. Raises BrokenPromise unless it comes with these codes, these texts, and no traceback."""
@@ -163,10 +169,13 @@ class Chaos(Runs):
     def expect(self, start: Start, codes: Sequence[int], *texts: str, trains: bool = True) -> None:
         """Wait for a start's end. Raises BrokenPromise unless it ends with these codes and has said this.
 
-        One that trains must also say what an earlier fault has promised of it.
+        One that trains must also say what an earlier fault has promised of it, where it goes on as soon as it comes to
+        saying that.
         """
-        promised, self.promised = (self.promised, []) if trains else ([], self.promised)
-        start.expect(codes, *texts, *promised)
+        start.end()
+        due = [text for text in self.promised if trains and not (text.startswith(CONTINUED) and start.is_unannounced)]
+        self.promised = [text for text in self.promised if text not in due]
+        start.expect(codes, *texts, *due)
 
     def newest(self) -> Path:
         """The run's newest checkpoint that is whole."""
@@ -190,6 +199,8 @@ class Chaos(Runs):
     def finish(self) -> None:
         """Train to the end without faults. Raises BrokenPromise unless all is as in the undisturbed run."""
         self.expect(self.start(), [0, 0])
+        if self.promised:
+            raise BrokenPromise(f"no start has said {self.promised}")
         compare(self)
 
 

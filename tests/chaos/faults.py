@@ -19,7 +19,7 @@ from pathlib import Path
 from msm_dist.data.index import load_index, members
 from msm_dist.engine.checkpoint import is_complete
 from msm_dist.engine.stored import checkpoint_name, folders
-from tests.chaos.driver import SECONDS, BrokenPromise, Chaos, Start, step_of
+from tests.chaos.driver import CONTINUED, SECONDS, BrokenPromise, Chaos, Start, step_of
 from tests.chaos.faulty import ANY_RANK, SYNC, WRITE
 from tests.chaos.rounds import EVERY, NUM_RANKS, Round, checkpoint_from
 from tests.processes import HERE, free_port, is_alive
@@ -191,7 +191,7 @@ def checkpoint_stale(chaos: Chaos, round: Round) -> None:
         start = chaos.start()
         chaos.expect(start, [2] * NUM_RANKS, f"{copy}", trains=False)
         shutil.rmtree(copy)
-    chaos.promised.append(f"continued from {newest},")
+    chaos.promised.append(f"{CONTINUED}{newest},")
 
 
 def shard_deleted(chaos: Chaos, round: Round) -> None:
@@ -274,7 +274,7 @@ def damaged_file(chaos: Chaos, round: Round) -> Path:
 def promise_fallback(chaos: Chaos, damaged: Path) -> None:
     """Of the next start."""
     (before,) = [path for path in folders(damaged.parent) if is_complete(path) and path != damaged][-1:]
-    chaos.promised += [str(damaged), f"{damaged.name}.damaged", f"continued from {before},"]
+    chaos.promised += [str(damaged), f"{damaged.name}.damaged", f"{CONTINUED}{before},"]
 
 
 def changed_shard(chaos: Chaos, round: Round, change: Callable[[Path], None]) -> None:

@@ -103,6 +103,15 @@ def test_index_that_is_no_index_is_refused(bounded, corpus, text):
     bounded.refused(load_index, corpus.location, extra=FEW)
 
 
+@pytest.mark.parametrize(
+    "name", ["../a.tar", "a\\b.tar", "/a.tar", "a\nb.tar", "\x1b[2Ja.tar", "\x9b.tar", "a\0.tar", ".a.tar"]
+)
+def test_shard_is_a_plain_name_in_the_folder(corpus, name):
+    write_entry(corpus, name=name)
+    with pytest.raises(DataError, match="a .tar file in the folder"):
+        load_index(corpus.location)
+
+
 @pytest.mark.parametrize("name", ["n_fft", "n_mels", "hop", "win", "sample_rate"])
 def test_front_end_of_an_index_is_bounded(bounded, corpus, name):
     """`inspect` makes a log-mel with the front end that index.json names."""

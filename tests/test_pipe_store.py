@@ -232,7 +232,7 @@ raise SystemExit(reporting(lambda: store.fetch([Span({folder + "/a.tar"!r}, 10, 
     assert re.search(r"does not take its 10 bytes \(File too large\); make room.*TMPDIR", child.stderr)
 
 
-@pytest.mark.parametrize("name", ["$(touch ran).tar", "a;b.tar", "a b.tar", "`x`.tar", "a\nb.tar", "a'b.tar", "é.tar"])
+@pytest.mark.parametrize("name", ["$(touch ran).tar", "a;b.tar", "a b.tar", "`x`.tar", "a'b.tar", "é.tar"])
 def test_names_that_a_shell_could_take_for_more_are_refused(corpus, monkeypatch, name):
     path = corpus.root / "index.json"
     content = json.loads(path.read_text())

@@ -77,6 +77,13 @@ def test_tar_that_claims_too_much_is_refused(bounded, tmp_path, case):
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize("case", ["negative_size", "negative_extension"])
+def test_walk_of_a_tar_that_leads_back_ends(bounded, tmp_path, case):
+    path = tmp_path / "x.tar"
+    path.write_bytes(TARS[case])
+    assert "less than nothing" in bounded.refused(walk_tar, path, extra=FEW)
+
+
 @pytest.mark.parametrize("case", PASSED_OVER)
 def test_member_that_is_no_plain_file_is_passed_over(bounded, tmp_path, case):
     path = tmp_path / "x.tar"

@@ -18,7 +18,7 @@ from tests.test_preempt import ForkedRuns
 from tests.test_pretrain import finish
 from tests.test_resume import STATE, flip
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3000)]
 
 FIRST_OF_TWO = STATE.replace("of-00001", "of-00002")
 

@@ -273,7 +273,7 @@ def test_import_names_every_tensor_without_a_place_and_takes_the_rest_when_told_
     report = import_published(tmp_path / "p.pth", tmp_path / "out", strict=False)
     assert all(re.search(rf"\b{re.escape(name)}\b", report) for name in names)
     assert f"{len(state)} of {len(state) + 30} tensors" in report
-    assert max(map(len, report.splitlines())) < 121 + len(str(tmp_path))
+    assert max(len(line) for line in report.splitlines() if "head.layer" in line) < 121
 
 
 def test_encoder_alone_says_that_its_decoder_is_not_trained(tmp_path):

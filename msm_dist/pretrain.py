@@ -404,7 +404,7 @@ def build(
         metrics,
         saver,
         guard,
-        Progress(),
+        Progress(step),
         interruption,
         rate,
         is_configured,

@@ -82,7 +82,7 @@ def test_run_that_stands_still_ends_with_the_rank_named_and_continues_to_the_sam
     assert "Held up by rank 1 (" in output
     # Where it was a moment before is all that is known.
     assert re.search(
-        r"does not answer \(waiting, or in a call that holds Python's lock\), last heard of at step [89] \(", output
+        r"does not answer \(waiting, or in a call that holds Python's lock\), last heard of at step \d+ \(", output
     )
     assert "standing_still" in stacks[1]
     # A stopped process, which can tell nothing at all: the rank that has the store, and one that has not.

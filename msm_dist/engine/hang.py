@@ -40,8 +40,8 @@ RANKS_NAMED = 8
 class Progress:
     """Where the main thread is: the step, how many of its parts have begun, and the name of the last one."""
 
-    def __init__(self) -> None:
-        self.step, self.count, self.place = 0, 0, "start"
+    def __init__(self, step: int = 0) -> None:
+        self.step, self.count, self.place = step, 0, "start"
 
     def at(self, step: int, place: str) -> None:
         """Say that a part of a step begins, the same on all ranks; takes no lock and no time."""
@@ -144,6 +144,8 @@ class _Watch:
         self._host = socket.gethostname()
         # A connection of its own: nobody else's wait holds it.
         self._store: Store = _get_default_store().clone()
+        # Before the first part of a step: of a rank that stops a moment later, something is known.
+        self._store.set(f"{KEY}/at/{world.rank}", self._position())
         self._clock = threading.Thread(target=self._keep_time, name="hang clock", daemon=True)
         self._talk = threading.Thread(target=self._keep_in_touch, name="hang talk", daemon=True)
         self._clock.start()

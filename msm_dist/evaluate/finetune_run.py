@@ -123,7 +123,7 @@ def build(
         metrics,
         saver,
         guard,
-        Progress(),
+        Progress(step),
         interruption,
         rate,
         step,

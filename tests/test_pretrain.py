@@ -472,7 +472,7 @@ def test_torchrun_starts_the_same_run(runs):
         capture_output=True,
         text=True,
         cwd=HERE.parent,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert runs.trace("torchrun") == runs.trace("undisturbed")
@@ -489,7 +489,7 @@ def test_killed_launcher_leaves_no_orphans_and_the_same_command_continues(runs, 
     first.kill()
     first.communicate()
     second = launch(runs, name, ranks, *settings)
-    output = second.communicate(timeout=120)[0]
+    output = second.communicate(timeout=600)[0]
     assert second.returncode == 0, output
     assert "continued from" in output
     trace = runs.trace(name)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.engine_matrix import CASES, DIAGONAL, name_of
-from tests.processes import HERE, run_ranks
+from tests.processes import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.engine, pytest.mark.timeout(3600)]
 
@@ -24,7 +24,7 @@ def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
     cases = GUARDED if request.config.option.markexpr == "engine" else DIAGONAL
     (folder / "guard-2.json").write_text(json.dumps([[case] for case in cases]))
-    run_ranks([str(HERE / "divergence_worker.py"), str(folder), "guard"], 2, timeout=3000)
+    run_ranks(["-m", "tests.divergence_worker", str(folder), "guard"], 2, timeout=3000)
     return dict(zip(cases, json.loads((folder / "guard-2-results.json").read_text()), strict=True))
 
 

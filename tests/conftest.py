@@ -1,8 +1,10 @@
 """What every test module shares: which tests this machine can run, and a word about those it can't."""
 
+import contextlib
 import importlib.util
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import settings
 
 from tests.cluster import lab as cluster
 from tests.cluster.lab import lab  # noqa: F401 - a fixture
+from tests.forking import Forker
 
 # Triton reads this when a kernel is defined: without a GPU the kernels' tests run in its interpreter.
 if not torch.cuda.is_available():
@@ -70,6 +73,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"    {name}")
     if not left_out:
         terminalreporter.write_line("left out: nothing")
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    """For ranks that start in a second."""
+    with contextlib.closing(Forker(tmp_path_factory.mktemp("forker"))) as forker:
+        yield forker
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[Any]:
+    """A tests.hostile.Bounded, whose children have one thread."""
+    from tests import hostile  # what it imports is not on every GPU image
+
+    with hostile.one_thread():
+        yield hostile.Bounded()
 
 
 def _no_gpu() -> str | None:

@@ -1,12 +1,10 @@
 """Whole runs that leave updates out: killed and continued they equal one never killed, and too many end them."""
 
-import contextlib
 import json
 import signal
 
 import pytest
 
-from tests.forking import Forker
 from tests.test_preempt import ForkedRuns
 from tests.test_pretrain import STEPS, finish
 
@@ -35,10 +33,8 @@ class ShortRuns(ForkedRuns):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with contextlib.closing(Forker(folder)) as forker:
-        yield ShortRuns(folder, forker)
+def runs(tmp_path_factory, forker):
+    return ShortRuns(tmp_path_factory.mktemp("runs"), forker)
 
 
 def test_killed_run_leaves_out_what_one_never_killed_does(runs):

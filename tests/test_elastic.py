@@ -4,7 +4,6 @@ The samples are the same; the losses are those of a run that was never moved but
 world size and stage stay.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from msm_dist.engine.stored import open_checkpoint, read_masters
-from tests.forking import Forker
 from tests.test_preempt import ForkedRuns
 from tests.test_pretrain import finish
 
@@ -82,10 +80,8 @@ class Elastic(ForkedRuns):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with contextlib.closing(Forker(folder)) as forker:
-        yield Elastic(folder, forker)
+def runs(tmp_path_factory, forker):
+    return Elastic(tmp_path_factory.mktemp("runs"), forker)
 
 
 def test_every_state_is_once_a_source_and_once_a_target_and_the_run_is_the_same(runs):

@@ -1,13 +1,11 @@
 """Real runs of two ranks that stand still in every way: named, on record, ended, and continued to the same bits."""
 
-import contextlib
 import re
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.forking import Forker
 from tests.processes import is_alive
 from tests.test_divergence_runs import MOST_SECONDS, ShortRuns
 from tests.test_pretrain import finish, wait_for
@@ -19,13 +17,11 @@ SECONDS = 25
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with contextlib.closing(Forker(folder)) as forker:
-        runs = ShortRuns(folder, forker)
-        codes, output = runs.run("undisturbed")
-        assert codes == [0, 0], output
-        yield runs
+def runs(tmp_path_factory, forker):
+    runs = ShortRuns(tmp_path_factory.mktemp("runs"), forker)
+    codes, output = runs.run("undisturbed")
+    assert codes == [0, 0], output
+    return runs
 
 
 def hang(runs, kill: str, rank: int, *settings: str) -> tuple[list[int], str, dict[int, str]]:

@@ -6,18 +6,7 @@ Every call runs in a child whose address space is limited and whose peak is comp
 import pytest
 
 from msm_dist.config import load_config
-from tests.hostile import (
-    FEW,
-    MIB,
-    Bounded,
-    one_thread,
-)
-
-
-@pytest.fixture(scope="module")
-def bounded():
-    with one_thread():
-        yield Bounded()
+from tests.hostile import FEW, MIB
 
 
 def laughs(levels: int) -> str:

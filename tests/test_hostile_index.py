@@ -20,22 +20,9 @@ from msm_dist.data.verify import verify_shards
 from msm_dist.errors import DataError
 from msm_dist.features import LogMel
 from tests.audio_files import noise
-from tests.hostile import (
-    FEW,
-    MIB,
-    Bounded,
-    inspect_first,
-    one_thread,
-    open_run,
-)
+from tests.hostile import FEW, MIB, inspect_first, open_run
 from tests.hostile_files import END, Payload, member
 from tests.shards import noise_clips, write_corpus
-
-
-@pytest.fixture(scope="module")
-def bounded():
-    with one_thread():
-        yield Bounded()
 
 
 @pytest.fixture

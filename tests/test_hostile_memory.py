@@ -15,25 +15,10 @@ from msm_dist.data import ogg
 from msm_dist.data.index import load_index, members
 from msm_dist.evaluate.recordings import read_audio
 from tests.audio_files import encode, flac_claiming, noise, wav_claiming
-from tests.hostile import (
-    FEW,
-    MIB,
-    Bounded,
-    decode_file,
-    index_tar,
-    one_thread,
-    probe_file,
-    walk_tar,
-)
+from tests.hostile import FEW, MIB, decode_file, index_tar, probe_file, walk_tar
 from tests.hostile_files import CLIP, END, header, member, pax
 
 TB = 10**12
-
-
-@pytest.fixture(scope="module")
-def bounded():
-    with one_thread():
-        yield Bounded()
 
 
 # ---- tars

@@ -17,21 +17,10 @@ from msm_dist.config import Features, Model
 from msm_dist.model import weights
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.published import read_file
-from tests.hostile import (
-    FEW,
-    Bounded,
-    load_encoder,
-    one_thread,
-)
+from tests.hostile import FEW, load_encoder
 from tests.hostile_files import END, Payload, member
 
 TB = 10**12
-
-
-@pytest.fixture(scope="module")
-def bounded():
-    with one_thread():
-        yield Bounded()
 
 
 @pytest.fixture(scope="module")

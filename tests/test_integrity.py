@@ -1,6 +1,5 @@
 """Whole runs whose files change under them: what was saved is verified, what is trained on is what the index says."""
 
-import contextlib
 import io
 import json
 import os
@@ -13,7 +12,6 @@ import soundfile
 
 from msm_dist.changed import CHANGED_FILE
 from msm_dist.data.index import load_index, members
-from tests.forking import Forker
 from tests.test_preempt import ForkedRuns
 from tests.test_pretrain import finish
 from tests.test_resume import STATE, flip
@@ -24,13 +22,11 @@ FIRST_OF_TWO = STATE.replace("of-00001", "of-00002")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with contextlib.closing(Forker(folder)) as forker:
-        runs = ForkedRuns(folder, forker)
-        codes, output = runs.run("undisturbed")
-        assert codes == [0, 0], output
-        yield runs
+def runs(tmp_path_factory, forker):
+    runs = ForkedRuns(tmp_path_factory.mktemp("runs"), forker)
+    codes, output = runs.run("undisturbed")
+    assert codes == [0, 0], output
+    return runs
 
 
 def test_run_that_falls_back_to_an_older_checkpoint_equals_one_never_disturbed(runs):

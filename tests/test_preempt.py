@@ -1,6 +1,5 @@
 """Signals to real processes at every kind of moment: saved, the documented exit code, and nothing lost or changed."""
 
-import contextlib
 import shutil
 import signal
 import subprocess
@@ -69,13 +68,11 @@ class ForkedRuns(Runs):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    with contextlib.closing(Forker(folder)) as forker:
-        runs = ForkedRuns(folder, forker)
-        codes, output = runs.run("undisturbed", "train.pictures_every=9")
-        assert codes == [0, 0], output
-        yield runs
+def runs(tmp_path_factory, forker):
+    runs = ForkedRuns(tmp_path_factory.mktemp("runs"), forker)
+    codes, output = runs.run("undisturbed", "train.pictures_every=9")
+    assert codes == [0, 0], output
+    return runs
 
 
 def ended(processes, seconds: float = SECONDS_TO_STOP) -> tuple[list[int], str]:

@@ -118,6 +118,20 @@ def test_what_is_remembered_of_a_plan_is_bounded_and_changes_nothing(monkeypatch
     assert len(plan._windows) == 4 and len(plan._epochs) == plan_module._CACHED_EPOCHS
 
 
+def test_small_windows_are_not_kept_for_ever():
+    plan = make_plan([50] * 4, 3, 2, 4, 16, 1)
+    for n in range(1000):
+        plan.block_samples(n)
+    tracemalloc.start()
+    try:
+        for n in range(1000, 5000):
+            plan.block_samples(n)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown < 64 * 2**10
+
+
 @examples
 @given(plans())
 def test_a_clip_moves_less_than_a_window_inside_its_lane(plan):

@@ -137,11 +137,12 @@ class Plan:
 
     def _window_order(self, epoch: int, lane: int, window: int) -> np.ndarray:
         size = min(self.shuffle_window, self.lane_clips - window * self.shuffle_window)
+        # Lanes go on side by side: two windows of each are all that is used again, however small they are.
         return cached(
             self._windows,
             (epoch, lane, window),
             lambda: permutation(self.seed, _WINDOW, size, epoch=epoch, lane=lane, window=window),
-            max(1, CACHED_POSITIONS // min(self.shuffle_window, self.lane_clips)),
+            max(1, min(2 * self.lanes, CACHED_POSITIONS // min(self.shuffle_window, self.lane_clips))),
         )
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
-from msm_dist.config import flat_items, flat_settings, is_finetuning, load_config
+from msm_dist.config import flat_settings, is_finetuning, load_config
 from msm_dist.data.mix import count_places
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.monitor import read_metrics
 from msm_dist.plain import parse_json
+from msm_dist.settings import flat_items
 
 TOLERANCE = 0.05
 SMOOTHED_POINTS = 5

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from msm_dist import doctor_checkpoints
-from msm_dist.config import Config, parse_config, validated
+from msm_dist.config import Config, parse_config
 from msm_dist.data.clips import Progress
 from msm_dist.doctor_checkpoints import Seen, State, look_at, next_start, place_fault
 from msm_dist.doctor_continue import command_to_continue
@@ -33,6 +33,7 @@ from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate.finetune_config import FinetuneConfig
 from msm_dist.plain import parse_yaml, shown
+from msm_dist.settings import validated
 
 PACKAGE = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 

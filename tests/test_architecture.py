@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"errors", "files", "plain", "redact"},
+    {"settings"},
     {"config"},
     {"data", "features", "kernels"},
     {"model"},

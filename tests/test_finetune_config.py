@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from msm_dist.config import flat_items
 from msm_dist.engine.runfolder import compare_config, record_start
 from msm_dist.errors import ConfigError
 from msm_dist.evaluate.finetune_config import MAY_CHANGE, FinetuneConfig, FinetuneTrain, batch_layout, read_config
+from msm_dist.settings import flat_items
 
 ROOT = Path(__file__).resolve().parent.parent
 

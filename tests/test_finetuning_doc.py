@@ -8,9 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from msm_dist.config import flat_items
 from msm_dist.evaluate import classifier
 from msm_dist.evaluate.finetune_config import FinetuneConfig, read_config
+from msm_dist.settings import flat_items
 from tests.labelled import INFO, RATE, new_model
 from tests.test_classifier import HEAD, trained_classifier
 

@@ -21,11 +21,12 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import nn
 
-from msm_dist.config import BatchLayout, Engine, Optim, flat_items, merged, stage_conflicts
+from msm_dist.config import BatchLayout, Engine, Optim, stage_conflicts
 from msm_dist.engine.compilation import explaining_compiler, prepare_blocks
 from msm_dist.engine.optim import adamw, parameter_groups
 from msm_dist.engine.state import link_optimizer_state, was_refused
 from msm_dist.errors import ConfigError
+from msm_dist.settings import flat_items, merged
 
 OFFLOADS = {"offload_param": "parameters", "offload_optimizer": "optimizer"}
 

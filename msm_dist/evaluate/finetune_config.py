@@ -22,10 +22,9 @@ from msm_dist.config import (
     bound_conflicts,
     engine_conflicts,
     length_conflicts,
-    read_settings,
-    validated,
 )
 from msm_dist.errors import ConfigError
+from msm_dist.settings import read_settings, validated
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

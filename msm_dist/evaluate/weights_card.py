@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from msm_dist.config import Config, is_finetuning, load_config, read_settings, validated
+from msm_dist.config import Config, is_finetuning, load_config
 from msm_dist.engine.stored import digest
 from msm_dist.errors import CheckpointError, DataError
 from msm_dist.evaluate.finetune_config import FinetuneConfig
@@ -23,6 +23,7 @@ from msm_dist.files import write_atomically
 from msm_dist.model.origin import published_ancestor
 from msm_dist.model.weights import WEIGHTS_FILE, WeightsInfo
 from msm_dist.monitor import read_metrics
+from msm_dist.settings import read_settings, validated
 
 CARD_FILE = "README.md"
 SEAL = re.compile(r"\n<!-- written by msm-dist, which replaces it while its sha256 is ([0-9a-f]{64}) -->\n\Z")

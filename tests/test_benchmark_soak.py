@@ -73,3 +73,14 @@ def test_newest_step_skips_a_line_that_is_being_written(tmp_path):
     assert soak.newest_step(metrics) == 0
     metrics.write_text('{"step": 20, "loss": 1}\n{"step": 40, "loss": 1}\n{"step": 6')
     assert soak.newest_step(metrics) == 40
+
+
+def test_the_page_has_the_figures_of_the_committed_soak():
+    result = json.loads((soak.RESULTS / "soak-cpu.json").read_text())
+    assert result["steps"] == soak.STEPS and not result["dirty"]
+    tenths = [Sample(**tenth) for tenth in result["tenths"]]
+    assert soak.growth(tenths) == result["growth"]
+    assert all(grown <= soak.BOUNDS[name] for name, grown in result["growth"].items())
+    page = (soak.ROOT / "docs" / "operations.md").read_text()
+    assert soak.lines(tenths) in page
+    assert f"memory grows by {result['growth']['memory_mib']:.1f} MiB of {tenths[soak.SETTLED].memory_mib:.0f}" in page

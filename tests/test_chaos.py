@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,12 @@ def test_exit_code_or_word_that_was_not_promised_fails(codes, output, told):
         Start([Ended(codes[0], output), Ended(codes[1], "")]).expect([75, 75], "saved")
 
 
-def test_broken_promise_is_told_with_the_seed_and_the_command_that_repeats_it(monkeypatch, capsys):
+def test_broken_promise_is_told_with_the_seed_and_the_command_that_repeats_it(tmp_path, monkeypatch, capsys):
     def broken(folder, seed, num_rounds, only):
         raise BrokenPromise("round 3 of 7: something")
 
     monkeypatch.setattr(command, "run", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert command.main(["--rounds", "7", "--seed", "11"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "seed 11"

@@ -54,6 +54,7 @@ setup(
     packages=[
         "msm_dist",
         "msm_dist.data",
+        "msm_dist.doctor",
         "msm_dist.engine",
         "msm_dist.evaluate",
         "msm_dist.model",

@@ -255,7 +255,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes, no digests.")] = False,
 ) -> None:
     """Check a run folder, a data set or this machine, and say what to do. Exit code 2 if something must be done."""
-    from msm_dist.doctor_where import examine
+    from msm_dist.doctor.where import examine
 
     raise typer.Exit(examine(where, fix, quick))
 

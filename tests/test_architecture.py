@@ -21,9 +21,8 @@ LAYERS = (
     {"changed", "corpus", "environment", "feed", "summary", "validate", "planning", "compare", "pretrain", "evaluate"}
     | {"allocation", "extension", "guard", "initial", "costs", "memory", "sweep"}
     | {"jobs", "traces", "runs", "corpus_report", "study", "study_results"},
-    {"launch", "site", "snapshot", "admission", "submission"}
-    | {"doctor", "doctor_findings", "doctor_host", "doctor_gpu", "doctor_where", "doctor_run", "doctor_shards"}
-    | {"doctor_files", "doctor_checkpoints", "doctor_records", "doctor_corpus", "doctor_export", "doctor_continue"},
+    {"launch", "site", "snapshot", "admission", "submission"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor
-from msm_dist.doctor import Finding, Requirement
+from msm_dist.doctor import machine as doctor
+from msm_dist.doctor.machine import Finding, Requirement
 
 
 def statuses(findings) -> dict[str, str]:
@@ -148,7 +148,9 @@ def test_several_processes_start_where_nothing_can_be_compiled(tmp_path) -> None
 
 
 def test_doctor_runs_where_nothing_is_installed() -> None:
-    child = subprocess.run([sys.executable, "-I", "-S", doctor.__file__], capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-m", "msm_dist.doctor"]
+    child = subprocess.run(command, cwd=doctor.REPOSITORY, env=own, capture_output=True, text=True)
     assert child.returncode == 2, child.stderr
     assert "torch >= 2.11 (none is here)" in child.stdout
     assert "open files" in child.stdout and "clock" in child.stdout

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from msm_dist.data.clips import quiet
-from msm_dist.doctor_checkpoints import State, findings, look_at, next_start
+from msm_dist.doctor.checkpoints import State, findings, look_at, next_start
 from msm_dist.errors import CheckpointError
 from tests.test_resume import DAMAGES, STATE, flip, names, newest, root
 

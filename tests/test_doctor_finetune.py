@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor_run
 from msm_dist.data.clips import quiet
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor import run as doctor_run
+from msm_dist.doctor.findings import Finding
 from tests.processes import HERE
 from tests.test_finetune import Runs, finish
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from msm_dist import doctor_gpu
+from msm_dist.doctor import gpu as doctor_gpu
 
 
 def fake_torch(version: tuple[int, ...] = (2, 27, 5), has_nccl: bool = True) -> SimpleNamespace:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor_findings, doctor_host
 from msm_dist.config import Config
 from msm_dist.data.stream import PREFETCHED_BATCHES
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor import findings as doctor_findings
+from msm_dist.doctor import host as doctor_host
+from msm_dist.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
 HOUR = 3600.0

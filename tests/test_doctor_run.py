@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msm_dist import doctor_run, doctor_where
 from msm_dist.changed import CHANGED_FILE
 from msm_dist.data.clips import quiet
 from msm_dist.data.index import load_index
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor import run as doctor_run
+from msm_dist.doctor import where as doctor_where
+from msm_dist.doctor.findings import Finding
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from tests.processes import HERE
 from tests.test_pretrain import STEPS, Runs

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor_host, doctor_shards
 from msm_dist.config import Features
 from msm_dist.data.audioset import USUAL_MEAN, USUAL_STD
 from msm_dist.data.clips import quiet
 from msm_dist.data.index import load_index
 from msm_dist.data.repack import repack
 from msm_dist.data.shards import index_shards
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor import host as doctor_host
+from msm_dist.doctor import shards as doctor_shards
+from msm_dist.doctor.findings import Finding
 from tests.corpus import write_corpus
 from tests.http_server import serving
 

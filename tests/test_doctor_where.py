@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor, doctor_where
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor import machine as doctor
+from msm_dist.doctor import where as doctor_where
+from msm_dist.doctor.findings import Finding
 from msm_dist.errors import ConfigError
 from tests.test_cli import msm_dist
 

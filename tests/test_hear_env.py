@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from msm_dist import doctor
+from msm_dist.doctor import machine as doctor
 from tests.test_packaging import ROOT, run_in
 from tools import hear_env
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from msm_dist import doctor
+from msm_dist.doctor import machine as doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"msm_dist": "msm_dist", "kernels": "msm_kernels", "configs": "msm_configs"}

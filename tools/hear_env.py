@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from msm_dist.doctor import OWN_VENV_MARK, requirements, tested_versions
+from msm_dist.doctor.machine import OWN_VENV_MARK, requirements, tested_versions
 from tools.setup_env import ROOT, disk_bytes, make_links, run, say, stop
 
 NEEDS = ROOT / "tests" / "hear" / "requirements.txt"
@@ -23,7 +23,7 @@ DONE = ".setup-done"
 PYTHON = (3, 11)
 CHECK = """
 import sys
-from msm_dist.doctor import check_torchaudio
+from msm_dist.doctor.machine import check_torchaudio
 failed = [finding for finding in check_torchaudio(fix=True) if finding.status == "fail"]
 import heareval.embeddings.runner, heareval.predictions.runner, hearvalidator
 import msm_dist.evaluate.encoder

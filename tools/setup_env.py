@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from msm_dist.doctor import OWN_VENV_MARK, requirements, unmet
+from msm_dist.doctor.machine import OWN_VENV_MARK, requirements, unmet
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"msm_kernels": "kernels", "msm_configs": "configs"}

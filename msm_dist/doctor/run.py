@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from msm_dist import doctor_checkpoints
 from msm_dist.config import Config, parse_config
 from msm_dist.data.clips import Progress
-from msm_dist.doctor_checkpoints import Seen, State, look_at, next_start, place_fault
-from msm_dist.doctor_continue import command_to_continue
-from msm_dist.doctor_corpus import corpus_findings
-from msm_dist.doctor_export import export_findings
-from msm_dist.doctor_files import is_there, read_plain, read_record
-from msm_dist.doctor_findings import Finding
-from msm_dist.doctor_records import diverged_findings, hang_findings, metrics_findings, skipped_findings, trace_findings
+from msm_dist.doctor import checkpoints
+from msm_dist.doctor.checkpoints import Seen, State, look_at, next_start, place_fault
+from msm_dist.doctor.corpus import corpus_findings
+from msm_dist.doctor.export import export_findings
+from msm_dist.doctor.files import is_there, read_plain, read_record
+from msm_dist.doctor.findings import Finding
+from msm_dist.doctor.records import diverged_findings, hang_findings, metrics_findings, skipped_findings, trace_findings
+from msm_dist.doctor.resumption import command_to_continue
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate.finetune_config import FinetuneConfig
@@ -163,7 +163,7 @@ def _checkpoints(look: Look, quick: bool, progress: Progress) -> Iterator[Findin
         remedy = f"the folder itself in place of {root}; runs on another disk: run.dir=FOLDER"
         yield Finding("checkpoints", "fail", str(error), remedy)
         return
-    yield from doctor_checkpoints.findings(look.seen, look.is_alive)
+    yield from checkpoints.findings(look.seen, look.is_alive)
     decisive = next_start(look.seen)
     look.start = decisive if decisive and decisive.state is State.GOOD else None
     if look.start and look.start.saved and look.cfg:

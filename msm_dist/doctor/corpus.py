@@ -13,8 +13,8 @@ from msm_dist.config import Config, batch_layout
 from msm_dist.corpus import open_corpus, plan_identity
 from msm_dist.data.index import Index, check_shards, load_index
 from msm_dist.data.storage import access_of, is_remote
-from msm_dist.doctor_files import is_there, read_plain, read_record
-from msm_dist.doctor_findings import Finding, some
+from msm_dist.doctor.files import is_there, read_plain, read_record
+from msm_dist.doctor.findings import Finding, some
 from msm_dist.engine.runfolder import compare_plan
 from msm_dist.errors import DataError, MsmError
 from msm_dist.plain import parse_json

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor.findings import Finding
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHM_BYTES = 256 * 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msm_dist.config import Config
-from msm_dist.doctor_files import is_there
+from msm_dist.doctor.files import is_there
 from msm_dist.evaluate.finetune_config import FinetuneConfig
 
 MODEL_RECORD = "model.json"

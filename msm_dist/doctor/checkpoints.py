@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from msm_dist.data.clips import Progress
-from msm_dist.doctor_files import check_folder, names_in, plain_size
-from msm_dist.doctor_findings import Finding, counted, some
+from msm_dist.doctor.files import check_folder, names_in, plain_size
+from msm_dist.doctor.findings import Finding, counted, some
 from msm_dist.engine.stored import DAMAGED, PARTIAL, Saved, Torn, open_checkpoint, wrong_files
 from msm_dist.errors import CheckpointError, DataError
 

@@ -1,9 +1,9 @@
 """What this machine offers and lacks for msm_dist: the checks behind `msm-dist doctor` and `make setup`.
 
 In: the interpreter and the machine it runs on. Out: findings, each with what was found and what to do.
-Here: interpreter and packages; the rest is in doctor_gpu.py and doctor_host.py. Needs the standard library only, so
-that it also runs where nothing is installed yet. Repairs on request what can go wrong between good packages:
-torchaudio's compiled extensions beside another torch.
+Here: interpreter and packages; the rest is in gpu.py and host.py. Needs the standard library only, so that it also
+runs where nothing is installed yet: `python -m msm_dist.doctor`. Repairs on request what can go wrong between good
+packages: torchaudio's compiled extensions beside another torch.
 """
 
 import ast
@@ -18,14 +18,9 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-if not __package__:
-    # Run as a file, before anything is installed.
-    sys.path.insert(0, str(REPOSITORY))
-
-from msm_dist.doctor_findings import Finding, show  # noqa: E402
-from msm_dist.doctor_gpu import check_gpu, check_variables  # noqa: E402
-from msm_dist.doctor_host import (  # noqa: E402
+from msm_dist.doctor.findings import Finding, show
+from msm_dist.doctor.gpu import check_gpu, check_variables
+from msm_dist.doctor.host import (
     check_clock,
     check_disk,
     check_file_system,
@@ -35,6 +30,7 @@ from msm_dist.doctor_host import (  # noqa: E402
     runs_folder,
 )
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 OWN_VENV_MARK = "made-by-msm-dist"
 """File in a virtual environment that set-up made: only there may a package's files be removed."""
 TESTED_PYTHONS = ((3, 11), (3, 12))
@@ -214,7 +210,3 @@ def _import_fault(module: str) -> str | None:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no output"])[-1]
-
-
-if __name__ == "__main__":
-    sys.exit(run_doctor(fix="--fix" in sys.argv[1:]))

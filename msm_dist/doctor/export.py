@@ -12,9 +12,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from msm_dist.doctor_checkpoints import Seen
-from msm_dist.doctor_files import check_folder, is_there, names_in, plain_size, read_record
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor.checkpoints import Seen
+from msm_dist.doctor.files import check_folder, is_there, names_in, plain_size, read_record
+from msm_dist.doctor.findings import Finding
 from msm_dist.engine.stored import MASTER, Saved
 from msm_dist.errors import CheckpointError, DataError
 from msm_dist.evaluate.classifier import HEAD_CONFIG_FILE, HEAD_FILE

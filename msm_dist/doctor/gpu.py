@@ -13,7 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from msm_dist.doctor_findings import Finding
+from msm_dist.doctor.findings import Finding
 
 NETWORK_CARDS = Path("/sys/class/net")
 OLDEST_DRIVERS = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}

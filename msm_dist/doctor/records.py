@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msm_dist.doctor_files import is_there, lines_of, names_in, read_plain, read_record
-from msm_dist.doctor_findings import Finding, counted, some
+from msm_dist.doctor.files import is_there, lines_of, names_in, read_plain, read_record
+from msm_dist.doctor.findings import Finding, counted, some
 from msm_dist.errors import DataError
 from msm_dist.plain import shown
 

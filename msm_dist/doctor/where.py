@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from msm_dist.doctor import run_doctor
-from msm_dist.doctor_findings import show
+from msm_dist.doctor.findings import show
+from msm_dist.doctor.machine import run_doctor
 from msm_dist.errors import ConfigError
 
 ENVIRONMENT = "env"
@@ -29,10 +29,10 @@ def examine(where: str, fix: bool, quick: bool) -> int:
 
     with show_progress() as progress:
         if kind == "run":
-            from msm_dist.doctor_run import examine_run
+            from msm_dist.doctor.run import examine_run
 
             return show(examine_run(Path(where), quick, progress))
-        from msm_dist.doctor_shards import examine_shards
+        from msm_dist.doctor.shards import examine_shards
 
         return show(examine_shards(where, quick, ALL_CORES, progress))
 

@@ -18,8 +18,8 @@ from msm_dist.data.index import INDEX_NAME, MEMBERS_SUFFIX, UNFINISHED_NAME, Ind
 from msm_dist.data.plan import check_lanes, make_plan, valid_worlds
 from msm_dist.data.storage import UNKNOWN_SIZE, Access, is_remote, open_store, split
 from msm_dist.data.verify import verify_shards
-from msm_dist.doctor_findings import Finding, counted, some
-from msm_dist.doctor_host import is_shared, mounted_at
+from msm_dist.doctor.findings import Finding, counted, some
+from msm_dist.doctor.host import is_shared, mounted_at
 from msm_dist.errors import ConfigError, DataError
 
 ACCESS = Access(timeout=10.0, retries=1)

@@ -48,7 +48,7 @@ class CheckpointError(MsmError):
 
 
 class Diverged(MsmError):
-    """The loss or a gradient became non-finite. Raised on all ranks at the same step."""
+    """The loss or a gradient is not finite, or above a bound, once more than allowed; on all ranks at the same step."""
 
     exit_code = 3
 

@@ -2,7 +2,7 @@
 
     runs/<name>/changed_shards.json   [{"name", "location", "sha256"}, ...]
 
-In: the error that ended a start, and the corpus as it was stamped. Out: the list; at the next start a comparison of
+In: the corpus as it was stamped, and the error that ended a start, if any. Out: the list; at the next start a comparison of
 the digests of what is listed with the index, and only when they agree the list is deleted. Fails with DataError.
 """
 
@@ -27,22 +27,25 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def recording_changed(folder: Path, corpus: Corpus, is_main: bool) -> Iterator[None]:
-    """Write the list when the block ends with an error: of the shards that it names, and of those no longer as stamped.
+    """Write the list when the block ends: of the shards that its error names, and of those no longer as stamped.
 
-    Whatever the error: a shard that is cut short while it is mapped kills the process that reads it, unnamed.
+    However it ends: a shard that is cut short while it is mapped kills the process that reads it, unnamed; and a run
+    that was told to stop has not looked yet at what it would have read next.
     """
+    named: set[str] = set()
     try:
         yield
-    except Exception as error:
+    except DataError as error:
+        named = {shard.sha256 for shard in error.changed}
+        raise
+    finally:
         if is_main:
-            named = {shard.sha256 for shard in error.changed} if isinstance(error, DataError) else set()
             now = stamps(corpus.stamped)
             differing = {location for location, was in corpus.stamped.items() if now.get(location) != was}
             _record(
                 folder / CHANGED_FILE,
                 [shard for shard in corpus.index.shards if shard.sha256 in named or shard.location in differing],
             )
-        raise
 
 
 def check_restored(folder: Path, index: Index, access: Access, world: World) -> list[str]:

@@ -251,10 +251,22 @@ def test_whatever_ends_a_start_the_shards_that_are_not_as_it_found_them_are_list
     with pytest.raises(RuntimeError, match="a rank died"), recording_changed(tmp_path, corpus, is_main=True):
         act(index.shards[1].path)
         raise RuntimeError("a rank died")
-    if act is replace_keeping_times:
-        assert not (tmp_path / CHANGED_FILE).exists()
-    else:
-        assert [entry["name"] for entry in json.loads((tmp_path / CHANGED_FILE).read_text())] == ["noise-000001.tar"]
+    assert listed(tmp_path) == ([] if act is replace_keeping_times else ["noise-000001.tar"])
+
+
+def listed(folder: Path) -> list[str]:
+    path = folder / CHANGED_FILE
+    return [entry["name"] for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def test_run_that_stops_as_it_was_told_lists_them_too(index, tmp_path):
+    corpus = corpus_of(index)
+    with recording_changed(tmp_path, corpus, is_main=True):
+        pass
+    assert listed(tmp_path) == []
+    with recording_changed(tmp_path, corpus, is_main=True):
+        overwrite(index.shards[1].path)
+    assert listed(tmp_path) == ["noise-000001.tar"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"name": "x"}]', "[" * 100_000, "\x80"])

@@ -67,7 +67,7 @@ def test_run_without_a_good_checkpoint_stops_with_a_remedy_and_goes_on_when_one_
     runs.is_as_undisturbed("spoilt")
 
 
-LONG = ("train.steps=44", "train.valid_every=8", "train.valid_clips=4")
+LONG = ("train.steps=52", "train.valid_every=8", "train.valid_clips=4")
 
 
 def with_padding(flac: bytes, size: int) -> bytes:
@@ -139,6 +139,18 @@ def test_shards_changed_in_mid_run_stop_it_saved_until_they_are_restored_and_not
         assert "clips-000001.tar" in output and "Traceback" not in output
         assert runs.newest("changed") == step and listed.exists()
         shard.write_bytes(whole)
+    # Told to stop before it has come to read the shard again.
+    processes = runs.reach("changed", *settings, KILL="pause:validate", KILL_RANK="all")
+    quieter(shard, shard)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    runs.go.touch()
+    codes, output = finish(processes, end_peers=False)
+    assert codes == [143, 143], output
+    assert [entry["name"] for entry in json.loads(listed.read_text())] == ["clips-000001.tar"]
+    codes, output = finish(runs.start("changed", *settings), end_peers=False)
+    assert codes == [2, 2], output
+    shard.write_bytes(whole)
     codes, output = runs.run("changed", *LONG, f"data.shards={shards}")
     assert codes == [0, 0], output
     assert "note       shards that had changed are what they were again: clips-000001.tar" in output

@@ -223,6 +223,52 @@ def test_a_worker_whose_parent_died_before_it_could_ask_to_die_with_it_ends():
     assert process.exitcode == 1
 
 
+RANK_WITH_A_WORKER = """
+import multiprocessing, os, sys, threading, time
+from multiprocessing.resource_sharer import DupFd
+from msm_dist.data.stream import _start_worker
+
+def work(parent, sender):
+    _start_worker(parent, 0)
+    sender.send(DupFd(0))
+    threading.Event().wait()
+
+receiver, sender = multiprocessing.Pipe()
+worker = multiprocessing.get_context("fork").Process(target=work, args=(os.getpid(), sender))
+worker.start()
+address, _ = receiver.recv()._id
+# Half of what it takes to fetch the file: the worker waits for the other half.
+from multiprocessing.connection import SocketClient
+connection = SocketClient(address)
+print("ready", flush=True)
+sys.stdin.readline()
+connection.close()
+if sys.argv[1] == "dies":
+    # As the kernel, which closes the files of a process before it tells its children; on a busy machine much later.
+    time.sleep(0.3)
+    os.kill(os.getpid(), 9)
+sys.stdin.readline()
+worker.kill()
+"""
+
+
+@pytest.mark.parametrize("end", ["dies", "hangs up"])
+def test_a_worker_is_silent_about_a_connection_that_a_killed_rank_leaves(end):
+    command = [sys.executable, "-c", RANK_WITH_A_WORKER, end]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        if end == "hangs up":
+            while "Traceback" not in process.stderr.readline():
+                pass
+            process.stdin.write("\n")
+            process.stdin.flush()
+        _, said = process.communicate()
+    assert "Traceback" not in said
+
+
 def test_a_closed_loader_is_let_go(corpus):
     loader = open_loader(corpus, 0, layout_of(1, 8))
     loader.close()

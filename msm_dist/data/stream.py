@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing import connection
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -278,7 +280,15 @@ def _start_worker(parent: int, worker: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    sys.excepthook = _tell_unless_ending
     torch.set_num_threads(1)
+
+
+def _tell_unless_ending(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a thread that hands over shared memory: a killed training process closes its end before the kernel ends us."""
+    if issubclass(kind, (ConnectionError, EOFError)):
+        time.sleep(1)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _exit_code(worker: multiprocessing.Process) -> int:

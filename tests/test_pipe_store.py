@@ -270,7 +270,7 @@ def test_commands_that_do_not_end_in_a_path_are_refused(command):
 @pytest.mark.distributed
 def test_a_run_through_commands_equals_one_on_local_files(tmp_path):
     runs = Runs(tmp_path)
-    short = ("train.steps=4", "train.valid_every=2", "checkpoint.every=2")
+    short = ("train.steps=6", "train.valid_every=2", "checkpoint.every=2")
     codes, output = runs.run("local", *short, ranks=1)
     assert codes == [0], output
     where = (f"data.shards=pipe:cat {runs.train}/", f"data.valid_shards=pipe:cat {runs.valid}/")
@@ -278,7 +278,8 @@ def test_a_run_through_commands_equals_one_on_local_files(tmp_path):
     assert codes == [2], output
     assert "data.allow_pipe=true" in output and "Traceback" not in output
     # A run continues wherever its shards lie.
-    codes, output = runs.run("piped", *short, ranks=1, KILL="step:3")
+    # The save of step 4 has waited for the write of that of step 2.
+    codes, output = runs.run("piped", *short, ranks=1, KILL="step:5")
     assert codes == [-signal.SIGKILL], output
     codes, output = runs.run("piped", *short, *where, "data.allow_pipe=true", ranks=1)
     assert codes == [0], output

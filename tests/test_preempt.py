@@ -54,9 +54,11 @@ class ForkedRuns(Runs):
         return processes
 
     def newest(self, name: str) -> int:
-        """Step of the newest checkpoint, which is whole."""
+        """Step of the newest checkpoint, which is whole; 0 while there is none."""
         folder = self.folder / name / "checkpoints"
-        newest = max(path for path in folder.iterdir() if path.suffix != ".partial")
+        if not (there := [path for path in folder.iterdir() if path.suffix != ".partial"]):
+            return 0
+        newest = max(there)
         assert is_complete(newest)
         return int(newest.name.removeprefix("step-"))
 

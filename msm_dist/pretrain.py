@@ -30,6 +30,7 @@ from msm_dist.engine import checkpoint, preempt, state
 from msm_dist.engine.console import outliving_readers
 from msm_dist.engine.divergence import UpdateGuard
 from msm_dist.engine.hang import Progress, watching
+from msm_dist.engine.meta import PretrainingMeta
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.resume import newest_of_run
 from msm_dist.engine.runfolder import compare_config, compare_plan, locked, record_start, refuse_if_taken
@@ -337,7 +338,7 @@ def build(
     changes = world.on_main(lambda: compare_config(folder, cfg))
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
-    saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world)
+    saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world, PretrainingMeta)
     access = access_of(cfg.data)
     restored = check_restored(folder, corpus.index, access, world)
     if cfg.data.verify == "digest":
@@ -367,7 +368,7 @@ def build(
     else:
         state.reset(engine, initial)
     step = saved.step if saved else 0
-    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.meta.get("skipped_updates", []) if saved else [])
+    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.skipped_updates if saved else ())
     front_end = LogMel(corpus.features).to(world.device)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)
@@ -409,8 +410,8 @@ def build(
         rate,
         is_configured,
         step,
-        saved.meta["bad_samples"] if saved and world.is_main else 0,
-        saved.meta["missing_samples"] if saved and world.is_main else 0,
+        saved.bad_samples if saved and world.is_main else 0,
+        saved.missing_samples if saved and world.is_main else 0,
     )
 
 

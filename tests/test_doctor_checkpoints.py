@@ -7,7 +7,7 @@ import pytest
 from msm_dist.data.clips import quiet
 from msm_dist.doctor.checkpoints import State, findings, look_at, next_start
 from msm_dist.errors import CheckpointError
-from tests.test_resume import DAMAGES, STATE, flip, names, newest, root
+from tests.test_resume import DAMAGES, HOSTILE, STATE, alter, flip, names, newest, root
 
 __all__ = ["root"]
 
@@ -50,6 +50,15 @@ def test_the_next_start_is_foretold(root, damage, steps):
     assert expected == does(newest, root)
     # The second start finds what the first has put aside.
     assert does(foretold, root) == does(newest, root)
+
+
+@pytest.mark.parametrize("values", [values for values, _ in HOSTILE.values()], ids=HOSTILE)
+def test_metadata_that_no_run_saves_ends_the_next_start_and_is_told_so(root, values):
+    alter(root / "step-00000015", values)
+    told = list(findings(look_at(root, False, quiet), is_alive=False))[-1]
+    assert (told.name, told.status) == ("step-00000015", "fail") and "a start ends here: " in told.detail
+    assert "meta.json" in told.detail and "move " in told.remedy
+    assert does(foretold, root) == does(newest, root) == "ends"
 
 
 def test_a_start_without_checkpoints_is_foretold(root, tmp_path):

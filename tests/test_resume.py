@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from msm_dist.engine import checkpoint, stored
+from msm_dist.engine.meta import PretrainingMeta, RunMeta
 from msm_dist.engine.resume import newest_good
 from msm_dist.errors import CheckpointError
 from tests.test_checkpoint import Alone
 
 STATE = "state-00000-of-00001.safetensors"
+EXTRA = {"bad_samples": 2, "missing_samples": 0, "mean": -7.0, "std": 4.0, "corpus": [{"name": "x"}]}
+EXTRA |= {"skipped_updates": [3]}
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.state, "optimizer_step", lambda engine: 5.0)
     monkeypatch.setattr(checkpoint.state, "loss_scale", lambda engine: None)
     for step in (5, 10, 15):
-        checkpoint.save(None, tmp_path, step, {"cursor": step * 8}, Alone())
+        checkpoint.save(None, tmp_path, step, {"cursor": step * 8} | EXTRA, Alone())
     return tmp_path
 
 
@@ -233,30 +236,89 @@ def test_shares_of_the_ranks_are_all_files(root, monkeypatch):
     assert [len(share) for share in shares] == [3, 2, 2]
 
 
+SCALE = {"cur_scale": 65536, "cur_iter": 15, "last_overflow_iter": -1, "cur_hysteresis": 2}
 HOSTILE = {
-    "a file elsewhere": {"files": {"../../secret": {"bytes": 1, "sha256": "0" * 64}}},
-    "an absolute path": {"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}},
-    "files as a list": {"files": ["meta.json"]},
-    "a size in words": {"files": {STATE: {"bytes": "many", "sha256": "0" * 64}}},
-    "a digest that is a number": {"files": {STATE: {"bytes": 1, "sha256": 1}}},
-    "a step in words": {"step": "ten"},
-    "no step": {"step": None},
+    "a file elsewhere": ({"files": {"../../secret": {"bytes": 1, "sha256": "0" * 64}}}, "files.* must look like"),
+    "an absolute path": ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "files.* must look like"),
+    "files as a list": ({"files": ["meta.json"]}, r"files = \['meta.json'\]: must be an object"),
+    "no files": ({"files": {}}, "files = {}: .*at least 1"),
+    "a size in words": ({"files": {STATE: {"bytes": "many", "sha256": "0" * 64}}}, "bytes = 'many': must be .*integer"),
+    "a digest that is a number": ({"files": {STATE: {"bytes": 1, "sha256": 1}}}, "sha256 = 1: must be .*string"),
+    "a format in words": ({"format": "1"}, "format = '1': must be .*integer"),
+    "a step in words": ({"step": "ten"}, "step = 'ten': must be .*integer"),
+    "no step": ({"step": None}, "step = None: must be .*integer"),
+    "a step without end": ({"step": 10**400}, "step = 1000.*: must be less than"),
+    "another cursor's kind": ({"cursor": True}, "cursor = True: must be .*integer"),
+    "updates in words": ({"optimizer_step": "x"}, "optimizer_step = 'x': must be .*number"),
+    "more updates than steps": ({"optimizer_step": 16.0}, "optimizer_step = 16.0: .* at most the 15 steps"),
+    "part of an update": ({"optimizer_step": 4.5}, "optimizer_step = 4.5: must be a whole number"),
+    "updates without end": ({"optimizer_step": float("inf")}, "optimizer_step = inf: must be a finite number"),
+    "skipped updates as a number": ({"skipped_updates": 7}, "skipped_updates = 7: must be .*list"),
+    "an update skipped later": ({"skipped_updates": [3, 16]}, r"skipped_updates = \[3, 16\]: .*steps from 1 to 15"),
+    "an update skipped twice": ({"skipped_updates": [3, 3]}, r"skipped_updates = \[3, 3\]: .*larger than the one"),
+    "another loss scale": ({"loss_scale": {"a": 1}}, "loss_scale.cur_scale is missing"),
+    "no loss scale": ({"loss_scale": SCALE | {"cur_scale": 0.0}}, "cur_scale = 0.0: must be greater than 0"),
+    "a statistic that is none": ({"mean": float("nan")}, "mean = nan: must be a finite number"),
+    "no deviation": ({"std": 0.0}, "std = 0.0: must be greater than 0"),
+    "another corpus": ({"corpus": ["x"]}, "corpus.0 = 'x': must be an object"),
+}
+"""What is altered, and what is said of it."""
+HOSTILE_TO_PRETRAINING = {
+    "bad samples in words": ({"bad_samples": "x"}, "bad_samples = 'x': must be .*integer"),
+    "less than no bad samples": ({"bad_samples": -1}, "bad_samples = -1: must be greater than or equal to 0"),
+    "bad samples without end": ({"bad_samples": 10**400}, "bad_samples = 1000.*: must be less than"),
+    "missing samples in words": ({"missing_samples": None}, "missing_samples = None: must be .*integer"),
 }
 
 
-@pytest.mark.parametrize("values", HOSTILE.values(), ids=HOSTILE.keys())
-def test_metadata_that_none_of_ours_has_is_named_and_reads_nothing_else(root, values):
+@pytest.mark.parametrize(
+    ("values", "says"), (HOSTILE | HOSTILE_TO_PRETRAINING).values(), ids=HOSTILE | HOSTILE_TO_PRETRAINING
+)
+def test_metadata_that_no_run_saves_is_refused_and_neither_put_aside_nor_deleted(root, values, says):
     folder = root / "step-00000015"
-    write_meta(folder, json.dumps(json.loads((folder / "meta.json").read_text()) | values))
-    with pytest.raises(CheckpointError, match="use an older checkpoint"):
-        stored.open_checkpoint(folder)
-    assert newest(root) == 10
+    alter(folder, values)
+    there = names(root)
+    with pytest.raises(CheckpointError, match=f"15/meta.json: .*{says}.*put .* back .*, or move .*15 away") as caught:
+        newest_good(root, Alone(), PretrainingMeta)
+    assert not isinstance(caught.value, stored.Torn)
+    checkpoint.rotate(root, keep=3, keep_every=0)
+    assert names(root) == there
+    folder.rename(root / "away")
+    assert newest_good(root, Alone(), PretrainingMeta).step == 10
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{}", "\x00", "1e999", '{"format": 1}'])
+@pytest.mark.parametrize(
+    "name", ["format", "step", "files", "optimizer_step", "loss_scale", "cursor", "bad_samples", "mean", "std"]
+)
+def test_metadata_that_lacks_what_a_start_reads_is_refused(root, name):
+    alter(root / "step-00000015", without=name)
+    with pytest.raises(CheckpointError, match=f"meta.json: {name} is missing"):
+        newest_good(root, Alone(), PretrainingMeta)
+
+
+def test_metadata_of_the_first_versions_is_taken(root):
+    for name in ("missing_samples", "corpus", "skipped_updates"):
+        alter(root / "step-00000015", without=name)
+    saved = newest_good(root, Alone(), PretrainingMeta)
+    assert (saved.step, saved.bad_samples, saved.missing_samples, saved.skipped_updates) == (15, 2, 0, ())
+
+
+def test_metadata_of_later_versions_and_of_fp16_is_taken(root):
+    alter(root / "step-00000015", {"loss_scale": SCALE, "new": {"a": [1]}})
+    saved = newest_good(root, Alone(), PretrainingMeta)
+    assert (saved.step, saved.skipped_updates, saved.meta["new"]) == (15, (3,), {"a": [1]})
+
+
+def test_fine_tuning_needs_nothing_of_pre_training(root):
+    for name in EXTRA:
+        alter(root / "step-00000015", without=name)
+    assert newest_good(root, Alone(), RunMeta).step == 15
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{}", "\x00", "1e999", '{"format": 1}', "9" * 5000])
 def test_metadata_that_is_no_object_of_ours_is_named(root, text):
     write_meta(root / "step-00000015", text)
-    with pytest.raises(CheckpointError, match="incomplete"):
+    with pytest.raises(CheckpointError, match="00000015/meta.json: (no JSON|its content =|.* is missing)"):
         stored.open_checkpoint(root / "step-00000015")
 
 
@@ -265,6 +327,12 @@ def test_endless_metadata_is_not_read_into_memory(root):
         file.truncate(2**40)
     with pytest.raises(CheckpointError, match="more than .* bytes"):
         stored.open_checkpoint(root / "step-00000015")
+
+
+def alter(folder: Path, values: dict | None = None, without: str | None = None) -> None:
+    """Change a checkpoint's meta.json, and mark it complete as if it had been saved so."""
+    meta = json.loads((folder / "meta.json").read_text()) | (values or {})
+    write_meta(folder, json.dumps({name: value for name, value in meta.items() if name != without}))
 
 
 def write_meta(folder: Path, text: str) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from msm_dist.data.clips import Progress
 from msm_dist.doctor.files import check_folder, names_in, plain_size
 from msm_dist.doctor.findings import Finding, counted, some
+from msm_dist.engine.meta import Meta, RunMeta
 from msm_dist.engine.stored import DAMAGED, PARTIAL, Saved, Torn, open_checkpoint, wrong_files
 from msm_dist.errors import CheckpointError, DataError
+from msm_dist.plain import shown
 
 NAME = re.compile(r"step-[0-9]{8}")
 SET_ASIDE = re.compile(rf"step-[0-9]{{8}}{re.escape(DAMAGED)}(-[0-9]+)?")
@@ -29,7 +30,7 @@ class State(Enum):
     TORN = "torn"
     """Not whole, or of other bytes than were saved: a start goes on from the one before."""
     BLOCKED = "blocked"
-    """Can't be judged, or is none of this version's: a start ends with an error."""
+    """Can't be judged, is none of this version's, or has a meta.json that no run saves: a start ends with an error."""
     PARTIAL = "partial"
     ASIDE = "aside"
     """Damaged, and renamed by an earlier start."""
@@ -51,25 +52,28 @@ class Seen:
         return int(self.folder.name[5:13])
 
 
-def look_at(root: Path, quick: bool, progress: Progress) -> list[Seen]:
-    """Every checkpoint of a run, the oldest first; with `quick` digests are not compared. Raises DataError."""
+def look_at(root: Path, quick: bool, progress: Progress, kind: type[Meta] = RunMeta) -> list[Seen]:
+    """Every checkpoint of a run, the oldest first; with `quick` digests are not compared. Raises DataError.
+
+    `kind` is what a start of the run holds meta.json to.
+    """
     names = [name for name in names_in(root) if name.startswith("step-")]
     seen = []
     for number, name in enumerate(names):
-        seen.append(_look(root / name, quick))
+        seen.append(_look(root / name, quick, kind))
         progress("checking checkpoints", number + 1, len(names))
     return [one for one in seen if one is not None]
 
 
-def _look(folder: Path, quick: bool) -> Seen | None:
+def _look(folder: Path, quick: bool, kind: type[Meta]) -> Seen | None:
     if folder.name.endswith(PARTIAL) and NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         return Seen(folder, State.PARTIAL, "", _size(folder))
     if SET_ASIDE.fullmatch(folder.name):
-        return Seen(folder, State.ASIDE, _differing(folder, quick), _size(folder))
+        return Seen(folder, State.ASIDE, _differing(folder, quick, kind), _size(folder))
     if not NAME.fullmatch(folder.name):
         return None
     try:
-        saved = _opened(folder)
+        saved = _opened(folder, kind)
         wrong = [] if quick else wrong_files(saved)
     except Torn as error:
         return Seen(folder, State.TORN, str(error), _size(folder))
@@ -84,12 +88,12 @@ def _look(folder: Path, quick: bool) -> Seen | None:
     return Seen(folder, State.GOOD, f"whole: {files}, {size / 1e6:,.1f} MB, {compared} as saved", size, saved)
 
 
-def _opened(folder: Path) -> Saved:
+def _opened(folder: Path, kind: type[Meta]) -> Saved:
     """As a start opens it, once all in it is known to be files that lie there. Raises CheckpointError, DataError."""
     check_folder(folder)
     for name in names_in(folder):
         plain_size(folder / name)
-    return open_checkpoint(folder)
+    return open_checkpoint(folder, kind)
 
 
 def _size(folder: Path) -> int:
@@ -99,10 +103,10 @@ def _size(folder: Path) -> int:
         return 0
 
 
-def _differing(folder: Path, quick: bool) -> str:
+def _differing(folder: Path, quick: bool, kind: type[Meta]) -> str:
     """What is wrong with a checkpoint that was set aside."""
     try:
-        wrong = [] if quick else wrong_files(_opened(folder))
+        wrong = [] if quick else wrong_files(_opened(folder, kind))
     except (CheckpointError, DataError) as error:
         return str(error)
     if wrong:
@@ -154,7 +158,7 @@ def findings(seen: Sequence[Seen], is_alive: bool) -> Iterator[Finding]:
 
 def place_fault(saved: Saved, blocks_per_step: int) -> str | None:
     """Why a start refuses a checkpoint that is whole: its cursor is not that of its step."""
-    cursor: Any = saved.meta.get("cursor")
+    cursor = saved.meta["cursor"]
     if cursor == saved.step * blocks_per_step:
         return None
-    return f"its cursor {cursor} is not that of step {saved.step} with {blocks_per_step} blocks a step"
+    return f"its cursor {shown(cursor, 40)} is not that of step {saved.step} with {blocks_per_step} blocks a step"

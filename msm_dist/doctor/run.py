@@ -29,6 +29,7 @@ from msm_dist.doctor.files import is_there, read_plain, read_record
 from msm_dist.doctor.findings import Finding
 from msm_dist.doctor.records import diverged_findings, hang_findings, metrics_findings, skipped_findings, trace_findings
 from msm_dist.doctor.resumption import command_to_continue
+from msm_dist.engine.meta import PretrainingMeta, RunMeta
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from msm_dist.errors import ConfigError, DataError, MsmError
 from msm_dist.evaluate.finetune_config import FinetuneConfig
@@ -158,7 +159,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 def _checkpoints(look: Look, quick: bool, progress: Progress) -> Iterator[Finding]:
     root = look.folder / "checkpoints"
     try:
-        look.seen = look_at(root, quick, progress)
+        look.seen = look_at(root, quick, progress, PretrainingMeta if isinstance(look.cfg, Config) else RunMeta)
     except DataError as error:
         remedy = f"the folder itself in place of {root}; runs on another disk: run.dir=FOLDER"
         yield Finding("checkpoints", "fail", str(error), remedy)

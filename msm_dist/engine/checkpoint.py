@@ -26,9 +26,9 @@ import safetensors.torch
 import torch
 
 from msm_dist.engine import state
+from msm_dist.engine.meta import FORMAT
 from msm_dist.engine.stored import (
     COMPLETE,
-    FORMAT,
     PARTIAL,
     Saved,
     Torn,

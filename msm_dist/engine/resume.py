@@ -3,7 +3,8 @@
 In: a run's folder of checkpoints. Out: a `Saved` whose digests have been compared, the same on all ranks, or None for a
 new run. One that was damaged after it was complete is renamed to step-N.damaged, never deleted, and the one before is
 tried; links, files and folders of other names are not looked at. Fails with CheckpointError on all ranks where a
-checkpoint can't be read, which is no proof of damage, and where there are some but no good one.
+checkpoint can't be read, which is no proof of damage; where its meta.json is the one that was completed but breaks a
+rule of engine/meta.py, which is none either; and where there are some but no good one.
 """
 
 import logging
@@ -12,21 +13,24 @@ from functools import partial
 from pathlib import Path
 
 from msm_dist.config import BatchLayout
+from msm_dist.engine.meta import Meta, RunMeta
 from msm_dist.engine.stored import COMPLETE, PARTIAL, Saved, Torn, folders, open_checkpoint, put_aside, wrong_files
 from msm_dist.engine.world import World
 from msm_dist.errors import CheckpointError, ConfigError
+from msm_dist.plain import shown
 
 log = logging.getLogger(__name__)
 
 
-def newest_good(root: Path, world: World) -> Saved | None:
+def newest_good(root: Path, world: World, kind: type[Meta] = RunMeta) -> Saved | None:
     """The newest checkpoint whose bytes are those that were saved; a collective. None where there is none at all.
 
     The ranks share the files; a damaged checkpoint is put aside, named in a warning, and the one before is tried.
-    Raises CheckpointError on all ranks where one can't be read, and where there are some but no good one.
+    Raises CheckpointError on all ranks where one can't be read, where the meta.json of one is not of that kind, and
+    where there are some but no good one.
     """
     rejected: list[str] = []
-    while saved := world.on_main(lambda: _newest_whole(root, rejected)):
+    while saved := world.on_main(lambda: _newest_whole(root, rejected, kind)):
         wrong = _wrong_anywhere(saved, world)
         if not wrong:
             break
@@ -38,18 +42,20 @@ def newest_good(root: Path, world: World) -> Saved | None:
     return replace(saved, verified=True)
 
 
-def newest_of_run(root: Path, total_steps: int, layout: BatchLayout, world: World) -> Saved | None:
+def newest_of_run(
+    root: Path, total_steps: int, layout: BatchLayout, world: World, kind: type[Meta] = RunMeta
+) -> Saved | None:
     """Where the run goes on; a collective. Raises ConfigError when that is past its end, CheckpointError."""
-    saved = newest_good(root, world)
+    saved = newest_good(root, world, kind)
     world.on_main(lambda: _check_place(root, saved, total_steps, layout))
     return saved
 
 
-def _newest_whole(root: Path, rejected: list[str]) -> Saved | None:
+def _newest_whole(root: Path, rejected: list[str], kind: type[Meta]) -> Saved | None:
     """The newest checkpoint that is whole by its sizes; those that no longer are so are put aside."""
     for folder in reversed(folders(root)):
         try:
-            return open_checkpoint(folder)
+            return open_checkpoint(folder, kind)
         except Torn as error:
             if folder.name in rejected:
                 continue
@@ -91,9 +97,9 @@ def _check_place(root: Path, saved: Saved | None, total_steps: int, layout: Batc
     """Raise CheckpointError for a checkpoint of other steps than the run's, ConfigError for one past its end."""
     if saved is None:
         return
-    if saved.meta.get("cursor") != saved.step * layout.blocks_per_step:
+    if saved.meta["cursor"] != saved.step * layout.blocks_per_step:
         raise CheckpointError(
-            f"{saved.folder}: its cursor {saved.meta.get('cursor')} is not that of step {saved.step} with "
+            f"{saved.folder}: its cursor {shown(saved.meta['cursor'], 40)} is not that of step {saved.step} with "
             f"{layout.blocks_per_step} blocks a step; remove it to go on from the one before"
         )
     if saved.step > total_steps:

@@ -7,11 +7,11 @@
 
 In: a run's folder of checkpoints. Out: `Saved`, and tensors by name, whatever ZeRO stage, offload and world size they
 were trained at. No DeepSpeed, no process group, no pickle: `engine.checkpoint` writes them and reads them back into an
-engine. Fails with CheckpointError; with `Torn`, one of its kind, where an older checkpoint serves.
+engine. Fails with CheckpointError; with `Torn`, one of its kind, where an older checkpoint serves. What meta.json must
+hold is in `engine.meta`.
 """
 
 import hashlib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -21,14 +21,15 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from msm_dist.engine.meta import Meta, read_meta
 from msm_dist.errors import CheckpointError
 from msm_dist.files import sync
+from msm_dist.plain import MAX_JSON
 
-FORMAT = 1
 COMPLETE = "complete"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
-MAX_META_BYTES = 64 * 2**20
+MAX_META_BYTES = MAX_JSON
 MASTER = "param"
 PARTS = (MASTER, "exp_avg", "exp_avg_sq")
 """What the tensors of a parameter are called in the files: part/name."""
@@ -57,6 +58,21 @@ class Saved:
         """Updates done when it was saved."""
         return self.meta["step"]
 
+    @property
+    def skipped_updates(self) -> tuple[int, ...]:
+        """Steps whose updates were left out; of a `RunMeta`."""
+        return tuple(self.meta.get("skipped_updates", ()))
+
+    @property
+    def bad_samples(self) -> int:
+        """Samples filled, on all ranks, for clips that could not be decoded; of a `PretrainingMeta`."""
+        return self.meta["bad_samples"]
+
+    @property
+    def missing_samples(self) -> int:
+        """Samples filled, on all ranks, for clips of missing shards; of a `PretrainingMeta`."""
+        return self.meta.get("missing_samples", 0)
+
 
 def checkpoint_name(step: int) -> str:
     """Folder name of a step's checkpoint."""
@@ -73,30 +89,23 @@ def newest_complete(root: Path) -> Saved | None:
     return None
 
 
-def open_checkpoint(folder: Path) -> Saved:
-    """Read and check a checkpoint's meta.json, and the sizes of its files.
+def open_checkpoint(folder: Path, kind: type[Meta] = Meta) -> Saved:
+    """Read and check a checkpoint's meta.json, which must be of that kind, and the sizes of its files.
 
-    Raises Torn, and CheckpointError when it can't be read, is of another format or of another step than its name says.
+    Raises Torn where something is not as it was saved. Raises CheckpointError when it can't be read, and where a
+    meta.json with a true digest is of another format, not of that kind, or of another step than the folder's name says.
     """
-    text = _read_small(folder / "meta.json")
+    path = folder / "meta.json"
+    text = _read_small(path)
     marker = _read_small(folder / COMPLETE)
     if marker.strip() != hashlib.sha256(text).hexdigest().encode():
         raise Torn(f"{folder}: meta.json is not the one that was completed; use an older checkpoint")
-    try:
-        meta = json.loads(text)
-        if meta["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder}: format {meta['format']}, this version reads {FORMAT}; use the version that wrote it"
-            )
-        name = checkpoint_name(meta["step"])
-        if re.fullmatch(r"step-\d{8}", folder.name) and name != folder.name:
-            raise CheckpointError(
-                f"{folder}: is the checkpoint of step {meta['step']}; call it {name}, or move it away"
-            )
-        for name, entry in meta["files"].items():
-            _check_file(folder, name, entry["bytes"], entry["sha256"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Torn(f"{folder}: incomplete ({type(error).__name__}: {error}); use an older checkpoint") from None
+    meta = read_meta(text, path, kind)
+    name = checkpoint_name(meta["step"])
+    if re.fullmatch(r"step-\d{8}", folder.name) and name != folder.name:
+        raise CheckpointError(f"{folder}: is the checkpoint of step {meta['step']}; call it {name}, or move it away")
+    for name, entry in meta["files"].items():
+        _check_size(folder / name, entry["bytes"])
     return Saved(folder, meta)
 
 
@@ -198,18 +207,16 @@ def _read_small(path: Path) -> bytes:
     return content
 
 
-def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
-    """Raise Torn for a file of another size, or that is none of a checkpoint's; CheckpointError: it can't be seen."""
-    if not re.fullmatch(r"state-\d{5,}-of-\d{5,}\.safetensors", name) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise Torn(f"{folder}: meta.json lists {name!r}, which is no file of a checkpoint; use an older checkpoint")
+def _check_size(path: Path, size: int) -> None:
+    """Raise Torn for a file of another size, CheckpointError for one that can't be seen."""
     try:
-        found = (folder / name).stat().st_size
+        found = path.stat().st_size
     except FileNotFoundError:
-        raise Torn(f"{folder / name}: is no longer there; use an older checkpoint") from None
+        raise Torn(f"{path}: is no longer there; use an older checkpoint") from None
     except OSError as error:
-        raise _unreadable(folder / name, error) from None
+        raise _unreadable(path, error) from None
     if found != size:
-        raise Torn(f"{folder / name}: {found} bytes, {size} were written; use an older checkpoint")
+        raise Torn(f"{path}: {found} bytes, {size} were written; use an older checkpoint")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

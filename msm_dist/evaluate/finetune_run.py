@@ -94,7 +94,7 @@ def build(
     if saved:
         checkpoint.load(engine, saved, world)
     step = saved.step if saved else 0
-    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.meta.get("skipped_updates", []) if saved else [])
+    guard = UpdateGuard(engine, cfg.optim, world, folder, step, saved.skipped_updates if saved else ())
     valid = JudgedClips(valid_clips, cut, cfg.train.micro_batch, world.rank, world.size)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.train.precision]
     rate = monitor.matrix_rate(world.device, precision)

@@ -16,13 +16,11 @@ import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from msm_dist.errors import ConfigError
-from msm_dist.redact import holds_secret
 from msm_dist.settings import flat_items, read_settings, validated
 
 PROFILED_AT_MOST = 100
 MAX_RATE = 768_000
 MOST_STEPS = 2**40
-MIXED = re.compile(r"^data\.mix\..*", re.DOTALL)  # a location is part of such a name
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -418,14 +416,6 @@ def flat_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def _conflicts(cfg: Config) -> Iterable[str]:
     """Every impossible combination that needs neither corpus nor world size."""
-    for name, value in flat_items(cfg.model_dump(include={"run", "data", "train", "engine", "probe"})).items():
-        if any(holds_secret(text) for text in _texts(name, value)):
-            yield (
-                f"{MIXED.sub('data.mix', name)}: holds a password, a token or a signature, which would be shown and "
-                "kept in the run folder; take it out: ~/.netrc or the variables of the store's own library give access "
-                "to URLs, and a pipe: command names an environment variable ($TOKEN) that its shell fills in; see "
-                "docs/security.md"
-            )
     if cfg.data.mix is not None and cfg.data.shards is not None:
         yield f"data.shards = {cfg.data.shards} and data.mix: give one of them, the other is to be null"
     if cfg.data.mix is None and cfg.data.shards is None:
@@ -493,12 +483,6 @@ def _conflicts(cfg: Config) -> Iterable[str]:
         yield f"probe.every = {cfg.probe.every}: needs labelled clips, probe.data=FOLDER; probe.every=0 goes without"
     yield from engine_conflicts(cfg.engine, cfg.train.precision)
     yield from bound_conflicts(cfg.optim, cfg.train.precision)
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    """The texts of a setting; the locations of data.mix are in its names."""
-    values = value if isinstance(value, list) else [value]
-    return [name.removeprefix("data.mix."), *(text for text in values if isinstance(text, str))]
 
 
 def length_conflicts(train: BaseModel, optim: BaseModel) -> Iterable[str]:

@@ -5,6 +5,8 @@ reported at once, as one ConfigError that names the source; an unknown key comes
 """
 
 import difflib
+import os
+import select
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +15,17 @@ from pydantic import BaseModel, ValidationError
 
 from msm_dist.errors import ConfigError
 from msm_dist.plain import MAX_YAML, parse_yaml, shown
+from msm_dist.redact import holds_secret
 
 REPORTED_AT_ONCE = 40
 LONGEST_CHAIN = 20
+PATIENCE_SECONDS = 30
+"""How long a pipe that a configuration is to come from may say nothing."""
+REFUSED_SECRET = (
+    "holds a password, a token or a signature, which would be shown and kept in the run folder; take it out: ~/.netrc "
+    "or the variables of the store's own library give access to URLs, and a pipe: command names an environment "
+    "variable ($TOKEN) that its shell fills in; see docs/security.md"
+)
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -30,15 +40,34 @@ def read_settings(path: str | Path | None, overrides: Sequence[str]) -> dict[str
 def validated(
     kind: type[Settings], values: dict[str, Any], source: str, conflicts: Callable[[Settings], Iterable[str]]
 ) -> Settings:
-    """Settings of a kind from plain values, all faults and conflicts in one ConfigError that names `source`."""
+    """Settings of a kind from plain values, all faults and conflicts in one ConfigError that names `source`.
+
+    No text among them may hold a secret, as settings are shown and kept.
+    """
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
         faults = [_describe(fault, kind) for fault in error.errors()]
         raise ConfigError(_report(source, faults)) from None
-    if faults := list(conflicts(settings)):
+    secrets = [f"{name}: {REFUSED_SECRET}" for name in _secrets(settings.model_dump())]
+    if faults := [*secrets, *conflicts(settings)]:
         raise ConfigError(_report(source, faults))
     return settings
+
+
+def _secrets(value: Any, name: str = "") -> Iterable[str]:
+    """The names of settings of which a text, or the key of a mapping, holds a secret."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if holds_secret(str(key)):
+                yield name
+            else:
+                yield from _secrets(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(inner, name)
+    elif isinstance(value, str) and holds_secret(value):
+        yield name
 
 
 def flat_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,9 +124,24 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> str:
-    """A file's text, up to what is too long for settings: a device, or a pipe, may have no end. Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(4 * MAX_YAML + 1).decode("utf-8")
+    """A file's text, up to what is too long for settings: a device, or a pipe, may have no end. Raises OSError.
+
+    A pipe is read while somebody writes to it, such as the shell of `<(command)`.
+    """
+    # Opened otherwise, a pipe without a writer would keep us for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        text, waiting = b"", select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        while len(text) <= 4 * MAX_YAML:
+            if not waiting.poll(1000 * PATIENCE_SECONDS):
+                raise OSError(f"is a pipe to which nobody has written for {PATIENCE_SECONDS} s")
+            if not (piece := os.read(descriptor, 4 * MAX_YAML + 1 - len(text))):
+                break
+            text += piece
+    finally:
+        os.close(descriptor)
+    return text.decode("utf-8")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -106,8 +150,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: an override is written section.key=value, such as train.steps=100")
     try:
         value = parse_yaml(text) if text else None
-    except ValueError:
-        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{override!r}: the value is not valid YAML ({error}); a text with such signs is to be quoted"
+        ) from None
     *sections, key = name.split(".")
     for section in sections:
         inner = values.get(section)

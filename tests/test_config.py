@@ -126,6 +126,12 @@ def test_all_faults_are_reported_at_once():
     assert len(faults(data={"crop_frames": 100, "block": 3}, optim={"lr": 1, "base_lr": 1})) >= 3
 
 
+def test_override_that_is_no_yaml_comes_with_the_reason(tmp_path):
+    (tmp_path / "x.yaml").write_text("train: {steps: 1}")
+    with pytest.raises(ConfigError, match="'train.steps=2001-99-99': the value is not valid YAML .month must be in"):
+        load_config(tmp_path / "x.yaml", ["train.steps=2001-99-99"])
+
+
 def test_overrides_win_over_the_file_and_are_yaml(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("train: {steps: 5}\noptim: {lr: 0.1}\n")

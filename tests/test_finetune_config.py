@@ -42,6 +42,20 @@ def test_wrong_settings_are_named_with_the_way_out(words, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("weights", "task", "words", "name"),
+    [
+        ("hf://me:S3cret@owner/name", "esc50.csv", [], "weights"),
+        ("runs/base", "https://host/shards?key=S3cret", [], "data.task"),
+        ("runs/base", "esc50.csv", ["data.audio=https://me:S3/cret@host/x", "run.name=mine"], "data.audio"),
+    ],
+)
+def test_setting_with_a_secret_is_refused_without_showing_it(weights, task, words, name):
+    with pytest.raises(ConfigError, match=f"{name}: holds a password") as error:
+        read_config(weights, task, ["train.steps=1", *words])
+    assert "S3" not in str(error.value)
+
+
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError, match="2 problems"):
         config("augment.mixup=2", "optim.betas=3")

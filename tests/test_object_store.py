@@ -176,6 +176,11 @@ def test_no_credentials_are_one_message(s3, monkeypatch, tmp_path):
         load_index("s3://corpora/noise", PATIENT)
 
 
+def test_a_name_that_no_bucket_can_have_is_told_at_once(s3):
+    with pytest.raises(DataError, match=r"s3://No_Bucket!/noise/index.json: no access .*check the URL"):
+        load_index("s3://No_Bucket!/noise", PATIENT)
+
+
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
 def test_a_missing_package_is_named(monkeypatch, scheme, extra):
     import fsspec

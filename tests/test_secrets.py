@@ -27,6 +27,13 @@ HELD = [
     f"s3://me:{SECRET}@bucket/shards",
     f"hf://me:{SECRET}@owner/name",
     f"https:/me:{SECRET}@example.org/shards",  # as a Path keeps it
+    f"s3://AKIA:a/b{SECRET}@bucket/shards",
+    f"https://me:a@{SECRET}@example.org/shards",
+    f"https://me:a#{SECRET}@example.org/shards",
+    f"https://me:a?{SECRET}@example.org/shards",
+    f"https://storage.example.org/shards?key={SECRET}",
+    f"https://storage.example.org/shards?{SECRET}",
+    f"pipe:curl 'https://example.org/get?auth={SECRET}&file=/shards/'",
     f"https://example.org/shards?X-Amz-Signature={SECRET}",
     f"https://example.org/shards?sig={SECRET}&a=b",
     f"https://example.org/shards?a=b&access_token={SECRET}",
@@ -50,6 +57,9 @@ OPEN = [
     "pipe:curl --token ${TOKEN} https://example.org/shards/",
     "pipe:curl --netrc https://example.org/shards/",
     "pipe:tar -u -f x /shards/",
+    "pipe:curl 'https://example.org/get?file=/shards/'",
+    "https://example.org:8443/shards@v2/train",
+    "https://[::1]:8443/shards@v2/train",
     "my token=5/shards",
 ]
 

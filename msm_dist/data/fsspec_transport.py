@@ -91,7 +91,8 @@ class FsspecTransport:
         except TimeoutError:
             raise Unavailable(f"no answer within {seconds:g} s") from None
         except Exception as error:  # every store's library has errors of its own
-            if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+            name = type(error).__name__
+            if isinstance(error, PermissionError) or "Credentials" in name or "ParamValidation" in name:
                 raise DataError(
                     f"{location}: no access ({_shown(error)}); give credentials as the store's own library takes them "
                     f"(docs/sources.md), or check the URL; {AGAIN}"

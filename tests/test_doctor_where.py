@@ -38,6 +38,7 @@ def test_folders_are_told_apart_by_what_is_in_them(tmp_path, names, kind):
     ("where", "kind"),
     [
         ("env", "env"),
+        ("ENV", "env"),
         ("https://host/shards", "corpus"),
         ("s3://bucket/shards", "corpus"),
         ("pipe:cat {}", "corpus"),

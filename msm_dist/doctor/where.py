@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from msm_dist.doctor.findings import show
+from msm_dist.doctor.findings import show, word
 from msm_dist.doctor.machine import run_doctor
 from msm_dist.errors import ConfigError
 
@@ -39,7 +39,7 @@ def examine(where: str, fix: bool, quick: bool) -> int:
 
 def kind_of(where: str) -> Literal["env", "run", "corpus"]:
     """Whether something is the machine, a run folder or a corpus. Raises ConfigError."""
-    if where == ENVIRONMENT:
+    if where in (ENVIRONMENT, ENVIRONMENT.upper()):
         return "env"
     path = Path(where)
     if "://" in where or where.startswith("pipe:"):
@@ -85,7 +85,7 @@ def _what(path: Path) -> str:
             return f"a folder in the run folder {above}"
     names = _names(path)
     if {"config.json", "model.safetensors"} <= names:
-        return f"weights, which `msm-dist weights inspect {path}` checks"
+        return f"weights, which `msm-dist weights inspect {word(path)}` checks"
     runs = sorted(name for name in names if (path / name / "config.yaml").is_file())
     if runs:
         return (

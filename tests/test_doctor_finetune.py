@@ -1,5 +1,6 @@
 """`msm-dist doctor RUN` on a fine-tuning run: its settings and export, and the command that continues it."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from msm_dist.doctor import run as doctor_run
 from msm_dist.doctor.findings import Finding
 from tests.processes import HERE
 from tests.test_finetune import Runs, finish
+from tests.test_hostile_checkpoints import FINETUNED
+from tests.test_resume import alter
 
 pytestmark = pytest.mark.distributed
 
@@ -51,6 +54,17 @@ def test_a_finished_one_is_ok_as_far_as_can_be_found_out(tuned):
     assert finding.status == "fail" and "head." in finding.detail and finding.remedy.startswith("start the run again")
     head.write_bytes(whole[:-1])
     assert "not a readable head" in examine(tuned)["export"].detail
+
+
+def test_metadata_that_no_fine_tuning_saves_fails_by_field(tuned):
+    folder = tuned / "checkpoints" / f"step-{STEPS:08d}"
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta.keys() == {"format", "step", "files", "optimizer_step", "loss_scale"} | FINETUNED.keys()
+    alter(folder, {"skipped_updates": 7})
+    finding = examine(tuned)[folder.name]
+    assert (
+        finding.status == "fail" and f"a start ends here: {folder / 'meta.json'}: skipped_updates = 7" in finding.detail
+    )
 
 
 def test_one_that_was_killed_continues_by_the_printed_command(tuned):

@@ -25,6 +25,7 @@ from msm_dist.doctor import where as doctor_where
 from msm_dist.doctor.findings import Finding
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
 from tests.processes import HERE
+from tests.test_hostile_checkpoints import PRETRAINED
 from tests.test_pretrain import STEPS, Runs
 
 pytestmark = pytest.mark.distributed
@@ -258,7 +259,7 @@ def test_what_is_unfinished_or_set_aside_is_explained(killed):
     [
         ({"cursor": 5}, "its cursor 5 is not that of step 12"),
         ({"format": 99}, "format 99"),
-        ({"step": 11}, "checkpoint of step 11"),
+        ({"step": 11, "optimizer_step": 11.0}, "checkpoint of step 11"),
     ],
     ids=["cursor", "format", "step"],
 )
@@ -267,6 +268,37 @@ def test_a_checkpoint_on_which_a_start_ends_fails(killed, values, says):
     found = [finding for finding in examine(killed) if finding.status == "fail"]
     assert [finding.name for finding in found] == [BEFORE, "next"]
     assert says in found[0].detail and str(killed / "checkpoints" / BEFORE) in found[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bad_samples", None), ("optimizer_step", "x"), ("skipped_updates", 7), ("loss_scale", {"a": 1})],
+)
+def test_metadata_that_no_run_saves_fails_by_field(killed, name, value):
+    complete(killed / "checkpoints" / BEFORE, **{name: value})
+    found = [finding for finding in examine(killed) if finding.status == "fail"]
+    assert [finding.name for finding in found] == [BEFORE, "next"]
+    assert f"a start ends here: {killed / 'checkpoints' / BEFORE / 'meta.json'}: {name}" in found[0].detail
+    assert f"move {killed / 'checkpoints' / BEFORE} away" in found[0].remedy
+
+
+def test_a_start_refuses_metadata_that_no_run_saves_in_one_line(killed):
+    words = shlex.split(of(killed, "next").remedy)
+    path = killed / "checkpoints" / BEFORE / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta.keys() == {"format", "step", "files", "optimizer_step", "loss_scale"} | PRETRAINED.keys()
+    assert meta["corpus"][0].keys() == PRETRAINED["corpus"][0].keys()
+    del meta["bad_samples"]
+    path.write_text(json.dumps(meta))
+    complete(path.parent)
+    there = everything(path.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "msm_dist", *words[1:]], capture_output=True, text=True, cwd=HERE.parent, timeout=550
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("msm-dist: ")]
+    assert len(said) == 1 and f"{path}: bad_samples is missing" in said[0] and "away to go on" in said[0], done.stderr
+    assert everything(path.parent) == there
 
 
 HOSTILE = {

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import socket
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from msm_dist.engine.runfolder import DEAD_AFTER_SECONDS
+from msm_dist.files import open_regular
 from msm_dist.jobs import NUMBER
 
 DEEPEST = 8
@@ -191,12 +191,9 @@ def _newest_checkpoint(root: Path) -> int | None:
 def _read(path: Path, size: int = LARGEST_FILE, from_end: bool = False) -> bytes:
     """At most `size` bytes of a regular file, of its end if asked; nothing of anything else, a pipe for one."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return b""
+        with open_regular(path) as file:
             if from_end:
-                file.seek(max(0, status.st_size - size))
+                file.seek(max(0, os.fstat(file.fileno()).st_size - size))
             return file.read(size)
     except (OSError, ValueError):
         return b""

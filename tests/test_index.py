@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from msm_dist.config import Features
 from msm_dist.data.index import (
     Index,
     check_shards,
@@ -23,6 +24,9 @@ from msm_dist.errors import DataError
 from tests.shards import noise_clips, write_corpus
 from tests.test_data_commands import run
 
+FRONT_END = Features().front_end()
+MEASURED = {"mean": -7.0, "std": 4.0, "mel_mean": [0.0] * 80, "features": FRONT_END}
+
 
 @pytest.fixture
 def corpus(tmp_path) -> Index:
@@ -30,7 +34,8 @@ def corpus(tmp_path) -> Index:
 
 
 def test_index_survives_the_disk(corpus):
-    statistics = {"mean": -7.1, "std": 4.2, "mel_mean": (0.1, -0.3), "features": {"n_mels": 2, "hop": 160}}
+    statistics = {"mean": -7.1, "std": 4.2, "mel_mean": (0.1, -0.3)}
+    statistics["features"] = Features(n_mels=2, hop=80).front_end()
     written = replace(corpus, **statistics)
     write_index(written)
     loaded = load_index(str(corpus.root))
@@ -149,7 +154,17 @@ def test_shard_names_stay_inside_the_folder(corpus, name):
         ({"mean": float("nan")}, "mean: .*finite"),
         ({"std": 0.0}, "std"),
         ({"mean": -7.0}, "go together"),
-        ({"mean": -7.0, "std": 4.0, "mel_mean": [1.0], "features": {"n_mels": 80}}, "80"),
+        (MEASURED | {"mel_mean": [1.0]}, "features.n_mels = 80"),
+        (
+            MEASURED | {"features": FRONT_END | {"zz": "$(touch x)" * 1000}},
+            "n_mels, fmin, fmax, and to nothing else",
+        ),
+        (MEASURED | {"features": FRONT_END | {"mean": -7.0}}, "to nothing else"),
+        (MEASURED | {"features": {"n_mels": 80}}, "to each of sample_rate, n_fft"),
+        (MEASURED | {"features": FRONT_END | {"hop": "160"}}, "a number"),
+        (MEASURED | {"features": FRONT_END | {"hop": True}}, "a number"),
+        (MEASURED | {"features": FRONT_END | {"hop": 0}}, "features.hop: .*greater than"),
+        (MEASURED | {"features": []}, "a number to each"),
     ],
 )
 def test_hand_made_index_is_checked(corpus, changes, message):
@@ -157,6 +172,7 @@ def test_hand_made_index_is_checked(corpus, changes, message):
     with pytest.raises(DataError, match=message) as fault:
         load_index(str(corpus.root))
     assert "msm-dist data index" in str(fault.value)
+    assert "touch" not in str(fault.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null"])

@@ -15,17 +15,17 @@ import io
 import json
 import logging
 import re
-import tarfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
+from msm_dist.data.index_file import IndexFile, ShardEntry, contradictions
 from msm_dist.data.storage import UNKNOWN_SIZE, Access, Span, Store, check_location, is_remote, join, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.files import write_atomically
@@ -40,7 +40,6 @@ PIECE_BYTES, PIECES_AT_ONCE = 4 * 2**20, 8  # of a remote shard while its digest
 READ_AGAIN = 2  # small remote files that arrive as others than they are
 ACCESS = Access()
 MOST_SAMPLES = 2**40
-MAX_SMALL_FILE = 256 * 2**20  # as of remote ones
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,6 @@ The member of a log-mel is a .npy file of uint8 [frames, bands]; samples and rat
 from, and the codec is "logmel".
 """
 
-_NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")  # other folders, and what steers the terminal
 _TABLE_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': \["
     + re.escape(", ".join(map(repr, MEMBER_FIELDS))).encode()
@@ -167,7 +165,7 @@ def is_tar(location: str) -> bool:
 
 def write_index(index: Index) -> None:
     """Write index.json into the index's folder, whole or not at all."""
-    shards = [{name: getattr(shard, name) for name in _ShardEntry.model_fields} for shard in index.shards]
+    shards = [{name: getattr(shard, name) for name in ShardEntry.model_fields} for shard in index.shards]
     content = {
         "version": 1,
         "kind": index.kind,
@@ -186,14 +184,18 @@ def write_index(index: Index) -> None:
 
 
 def check_shards(
-    index: Index, verify: Literal["size", "digest"], allow_missing: bool | None = None, access: Access = ACCESS
+    index: Index,
+    verify: Literal["size", "digest"],
+    allow_missing: bool | None = None,
+    access: Access = ACCESS,
+    begins: Callable[[], object] = lambda: None,
 ) -> set[int]:
     """Compare the shards with the index: their size, or their sha256 too (reads everything).
 
     Returns the numbers of missing shards; with `allow_missing` those of another size, cut off or half copied, count
     as missing too. Raises DataError naming every damaged shard, and every missing one unless `allow_missing`; False
     is for runs, whose setting it is and is named, None for commands without it. Shards whose size only reading would
-    tell (pipe:) count as there.
+    tell (pipe:) count as there. `begins` is called before each shard that is read.
     """
     store = open_store(index.location, access)
     sizes = store.sizes([shard.location for shard in index.shards])
@@ -207,6 +209,7 @@ def check_shards(
     for number, shard in enumerate(index.shards):
         if number in missing:
             continue
+        begins()
         if fault := _size_fault(shard, sizes[number]) or _digest_fault(shard, verify, store):
             faults.append(fault)
     if faults:
@@ -257,6 +260,11 @@ def write_members(path: Path, table: np.ndarray) -> str:
     return hashlib.sha256(file.getvalue()).hexdigest()
 
 
+def index_command(folder: str | Path) -> str:
+    """What a user types to index every tar of a folder: its name may be anything."""
+    return f"msm-dist data index {shlex.quote(str(folder))}/*.tar"
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with open(path, "rb") as file:
@@ -268,50 +276,6 @@ def listed(faults: Sequence[str]) -> str:
     shown = [f"  {fault}" for fault in faults[:REPORTED_AT_ONCE]]
     more = len(faults) - len(shown)
     return "\n".join([*shown, *([f"  and {more} more"] if more else [])])
-
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_CHECKED = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-
-class _ShardEntry(BaseModel):
-    model_config = _CHECKED
-    name: str
-    clips: int = Field(ge=1, lt=2**40)
-    bytes: int = Field(ge=1, lt=2**60)
-    sha256: Digest
-    members_sha256: Digest
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str) -> str:
-        if not name.endswith(".tar") or name.startswith(".") or _NOT_IN_A_NAME.search(name):
-            raise ValueError("a shard is a .tar file in the folder of the index")
-        return name
-
-
-class _OfficialEntry(BaseModel):
-    model_config = _CHECKED
-    tables: Annotated[list[str], FailFast()]
-    clips: int = Field(ge=0)
-    found: int = Field(ge=0)
-    manifest: Digest
-
-
-class _IndexFile(BaseModel):
-    model_config = _CHECKED
-    version: Literal[1]
-    kind: Literal["audio", "logmel"]
-    sample_rate: int | None = Field(gt=0)
-    shards: Annotated[list[_ShardEntry], FailFast(), Field(min_length=1)]
-    clips: int
-    seconds: float = Field(ge=0)
-    mean: float | None
-    std: float | None = Field(ge=1e-3)
-    mel_mean: list[float] | None = Field(max_length=4096)
-    features: dict[str, Any] | None
-    official: _OfficialEntry | None = None
-    made_from: Digest | None = None
 
 
 def _expand(text: str) -> list[str]:
@@ -342,48 +306,25 @@ def _read_index(root: str, store: Store) -> Index:
         raise DataError(_invalid(root, faults)) from None
     except ValueError as error:
         raise DataError(_invalid(root, [f"file: {error}"])) from None
-    if faults := list(_contradictions(entry)):
+    if faults := list(contradictions(entry)):
         raise DataError(_invalid(root, faults))
     shards = tuple(Shard(**shard.model_dump(), location=join(root, shard.name)) for shard in entry.shards)
     mel_mean = None if entry.mel_mean is None else tuple(entry.mel_mean)
     official = None
     if entry.official is not None:
         official = Official(**entry.official.model_dump() | {"tables": tuple(entry.official.tables)})
-    rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "features", "made_from"})
-    return Index(location=root, shards=shards, mel_mean=mel_mean, official=official, **rest)
+    features = None if entry.features is None else entry.features.front_end()
+    rest = entry.model_dump(include={"kind", "sample_rate", "seconds", "mean", "std", "made_from"})
+    return Index(location=root, shards=shards, mel_mean=mel_mean, features=features, official=official, **rest)
 
 
-def _parse_index(path: str, store: Store) -> _IndexFile:
-    """What index.json says; a remote one that came to harm on the way is read again. Raises ValueError."""
-    _check_small(path)
+def _parse_index(path: str, store: Store) -> IndexFile:
+    """What index.json says; a remote one that came to harm on the way is read again. Raises ValueError, OSError."""
     for _ in range(READ_AGAIN if is_remote(path) else 0):
         with suppress(ValueError):
-            return _IndexFile.model_validate(parse_json(store.read([path])[0]))
+            return IndexFile.model_validate(parse_json(store.read([path])[0]))
     # Of JSON pydantic would keep a copy for every fault in it.
-    return _IndexFile.model_validate(parse_json(store.read([path])[0]))
-
-
-def _check_small(path: str) -> None:
-    """Raise DataError, or OSError, where a local file is too large to be read whole; remote stores see to theirs."""
-    if not is_remote(path) and (size := Path(path).stat().st_size) > MAX_SMALL_FILE:
-        raise DataError(f"{path}: {size} bytes; {MAX_SMALL_FILE} are the most for a file of its kind")
-
-
-def _contradictions(entry: _IndexFile) -> Iterable[str]:
-    names = [shard.name for shard in entry.shards]
-    if len(set(names)) < len(names):
-        yield f"shards: {Counter(names).most_common(1)[0][0]} is listed twice"
-    for shard in entry.shards:
-        if shard.clips * tarfile.BLOCKSIZE > shard.bytes:
-            yield f"shards: {shard.name} has {shard.clips} clips in {shard.bytes} bytes: each takes a header and more"
-            break
-    if entry.clips != (total := sum(shard.clips for shard in entry.shards)):
-        yield f"clips = {entry.clips}: the shards have {total}"
-    measured = [value is not None for value in (entry.mean, entry.std, entry.mel_mean, entry.features)]
-    if any(measured) and not all(measured):
-        yield "mean, std, mel_mean and features go together: all of them, or null"
-    if all(measured) and len(entry.mel_mean) != entry.features.get("n_mels"):
-        yield f"mel_mean has {len(entry.mel_mean)} bands, features.n_mels = {entry.features.get('n_mels')}"
+    return IndexFile.model_validate(parse_json(store.read([path])[0]))
 
 
 def _select(names: Sequence[str], store: Store) -> Index:
@@ -434,8 +375,6 @@ def _streamed_sha256(shard: Shard, store: Store) -> str:
 def _read_tables(shards: Sequence[Shard], store: Store) -> list[bytes]:
     """Sidecars, unchecked; remote ones that came to harm on the way are read again."""
     paths = [shard.members_location for shard in shards]
-    for path in paths:
-        _check_small(path)
     contents = store.read(paths)
     for _ in range(READ_AGAIN):
         harmed = [i for i, shard in enumerate(shards) if is_remote(paths[i]) and _harmed(contents[i], shard)]
@@ -476,7 +415,7 @@ def _sidecar_remedy(path: str) -> str:
     folder, name = split(path)
     if is_remote(path):
         return f"upload {name} and {INDEX_NAME} again, from the same `msm-dist data pack`"
-    return f"write it again with `msm-dist data index {folder}/*.tar`"
+    return f"write it again with `{index_command(folder)}`"
 
 
 def _parse_table(content: bytes) -> np.ndarray | None:
@@ -498,14 +437,14 @@ def _absent(root: str) -> str:
     if (Path(root) / UNFINISHED_NAME).is_dir():
         return f"{root}: an unfinished pack; the same `msm-dist data pack` command again finishes it"
     if Path(root).is_dir() and any(Path(root).glob("*.tar")):
-        return f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  msm-dist data index {root}/*.tar"
+        return f"{root}: has tar shards but no {INDEX_NAME}; write it with\n  {index_command(root)}"
     return (
         f"{root}: no {INDEX_NAME} there; make shards from a folder of audio with\n"
-        f"  msm-dist data pack YOUR_AUDIO_FOLDER {root}\n"
+        f"  msm-dist data pack YOUR_AUDIO_FOLDER {shlex.quote(root)}\n"
         "and for AudioSet add  --csv unbalanced_train_segments.csv --labels class_labels_indices.csv"
     )
 
 
 def _invalid(root: str, faults: Sequence[str]) -> str:
-    remedy = "upload it again" if is_remote(root) else f"write it again with `msm-dist data index {root}/*.tar`"
+    remedy = "upload it again" if is_remote(root) else f"write it again with `{index_command(root)}`"
     return f"{join(root, INDEX_NAME)}: not a valid shard index; {remedy}:\n{listed(faults)}"

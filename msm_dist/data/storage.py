@@ -24,8 +24,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 from msm_dist.config import Data
 from msm_dist.errors import DataError
+from msm_dist.files import open_regular, read_small
 
 MAX_OPEN_FILES = 128
+MAX_SMALL_FILE = 256 * 2**20  # as of remote ones
 PAUSES = (0.1, 0.2, 0.4)  # seconds before each retry
 UNKNOWN_SIZE = -1
 
@@ -188,8 +190,8 @@ class LocalFiles:
         return [path.stat().st_size if path.is_file() else None for path in map(Path, locations)]
 
     def read(self, locations: Sequence[str]) -> list[bytes]:
-        """Whole, small files. Raises FileNotFoundError, OSError."""
-        return [Path(location).read_bytes() for location in locations]
+        """Whole, small files. Raises FileNotFoundError, OSError: also for what is large, or no file."""
+        return [read_small(location, MAX_SMALL_FILE) for location in locations]
 
     def fetch(self, spans: Sequence[Span]) -> list[memoryview]:
         """The bytes of spans, in their order: views of the files. Raises DataError."""
@@ -264,7 +266,7 @@ def _status(location: str) -> os.stat_result | None:
 def _map(location: str, size: int) -> tuple[mmap.mmap, os.stat_result]:
     for pause in (*PAUSES, None):
         try:
-            with open(location, "rb") as file:
+            with open_regular(location) as file:
                 status = os.fstat(file.fileno())
                 check_size(location, status.st_size, size)
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), status

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from msm_dist.errors import DataError
+from msm_dist.files import kind_of, open_regular, read_small
 from msm_dist.plain import parse_json
 
 MAX_FILE = 2**24
 MAX_LINE = 2**22
-KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISLNK, "a link"))
 
 
 class Line(NamedTuple):
@@ -48,10 +48,9 @@ def open_plain(path: Path) -> BinaryIO:
     """A regular file, opened for reading. Raises DataError."""
     plain_size(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open_regular(path, follow=False)
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    return os.fdopen(descriptor, "rb")
 
 
 def check_folder(path: Path) -> None:
@@ -77,14 +76,11 @@ def names_in(folder: Path) -> list[str]:
 
 def read_plain(path: Path, limit: int = MAX_FILE) -> bytes:
     """The bytes of a small file. Raises DataError."""
-    with open_plain(path) as file:
-        try:
-            content = file.read(limit + 1)
-        except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    if len(content) > limit:
-        raise DataError(f"{path}: more than {limit} bytes, which none of a run's has")
-    return content
+    plain_size(path)
+    try:
+        return read_small(path, limit, follow=False)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def lines_of(path: Path) -> Iterator[Line]:
 
 
 def _kind(path: Path, mode: int) -> str:
-    kind = next((name for test, name in KINDS if test(mode)), "no regular file")
+    kind = kind_of(mode)
     if stat.S_ISLNK(mode):
         try:
             return f"{kind} to {os.readlink(path)}"

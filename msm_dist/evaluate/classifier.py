@@ -31,11 +31,12 @@ from msm_dist.data.audio import resample
 from msm_dist.errors import CheckpointError, ConfigError
 from msm_dist.evaluate.checks import checked_batch, checked_finite
 from msm_dist.features import LogMel, normalize
-from msm_dist.files import write_atomically
+from msm_dist.files import check_regular, read_small, write_atomically
 from msm_dist.model import weights
 from msm_dist.model.mae import Encoder
 from msm_dist.model.patches import PatchGrid, PositionTable, sincos_2d
 from msm_dist.model.tensors import differences
+from msm_dist.plain import MAX_JSON, parse_json
 from msm_kernels.patch_masking import masking_from_keep
 
 FORMAT, VERSION = "msm-dist classifier", 1
@@ -220,9 +221,11 @@ class Tagger:
         head = _read_head(folder / HEAD_CONFIG_FILE)
         state, info = weights.read(folder, any_positions=True)
         try:
+            check_regular(folder / HEAD_FILE)
             state |= {f"head.{name}": tensor for name, tensor in load_file(folder / HEAD_FILE).items()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / HEAD_FILE}: not a readable head ({error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{folder / HEAD_FILE}: not a readable head ({reason})") from None
         model = Classifier(info.model, info.features, head)
         wanted = {name: value for name, value in state.items() if not name.startswith("decoder.")}
         if found := differences(wanted, model.state_dict()):
@@ -253,12 +256,14 @@ def _classifier_folder(path: Path) -> Path:
 
 def _read_head(path: Path) -> Head:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = parse_json(read_small(path, MAX_JSON))
         if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"must be {FORMAT} version {VERSION}")
         head = Head(**values | {"labels": tuple(map(str, values["labels"]))})
         if head.num_samples < 1 or head.table_frames < 1 or not head.labels:
             raise ValueError("a length or the labels are missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the description of a classifier ({error})") from None
     return head

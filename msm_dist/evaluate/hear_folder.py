@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from msm_dist.errors import DataError
 from msm_dist.evaluate.recipes import read_csv
-from msm_dist.plain import parse_json
+from msm_dist.files import read_small
+from msm_dist.plain import MAX_JSON, parse_json
 
 METADATA_NAME, VOCABULARY_NAME = "task_metadata.json", "labelvocabulary.csv"
 CHOICES = {
@@ -99,7 +100,7 @@ def _audio(folder: Path, sample_rate: int) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_small(path, MAX_JSON))
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
     except ValueError as error:

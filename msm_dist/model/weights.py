@@ -19,11 +19,11 @@ from torch import Tensor
 
 from msm_dist.config import Data, Features, Model
 from msm_dist.errors import CheckpointError
-from msm_dist.files import write_atomically
+from msm_dist.files import check_regular, read_small, write_atomically
 from msm_dist.model.mae import MaskedSpectrogramModel
 from msm_dist.model.published import from_published, read_published, to_published
 from msm_dist.model.tensors import built, differences, parameters_of, some
-from msm_dist.plain import parse_json
+from msm_dist.plain import MAX_JSON, parse_json
 
 __all__ = [
     "WeightsInfo",
@@ -126,9 +126,11 @@ def read(path: str | Path, any_positions: bool = False) -> tuple[dict[str, Tenso
     if info.origin.get("positions") == "interpolated" and not any_positions:
         raise CheckpointError(f"{folder}: {INTERPOLATED}")
     try:
+        check_regular(folder / WEIGHTS_FILE)
         return load_file(folder / WEIGHTS_FILE), info
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not readable weights ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not readable weights ({reason})") from None
 
 
 def weights_folder(path: str | Path) -> Path:
@@ -162,7 +164,7 @@ def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
 
 def _read_info(path: Path) -> WeightsInfo:
     try:
-        config = parse_json(path.read_bytes())
+        config = parse_json(read_small(path, MAX_JSON))
         if config["format"] != FORMAT or config["version"] != VERSION:
             raise CheckpointError(
                 f"{path}: format {config['format']!r} version {config['version']!r}; this program reads "
@@ -180,6 +182,8 @@ def _read_info(path: Path) -> WeightsInfo:
         raise CheckpointError(
             f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the configuration of saved weights ({error})") from None
     return info

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +88,27 @@ def test_statistics_are_those_of_the_samples_that_are_trained_on(tars):
 
 
 def test_keys_that_two_tars_share_get_the_name_of_the_tar(tmp_path):
-    tars = [write_tar(tmp_path / f"{name}.tar", {"0.flac": CLIPS["00/first.flac"]}) for name in "ab"]
+    tars = [
+        write_tar(tmp_path / f"{name}.tar", {"0.flac": encode(noise(8000, seed))}) for seed, name in enumerate("ab")
+    ]
     index = index_shards(tars, Features())
     assert [members(shard)["key"].tolist() for shard in index.shards] == [[b"a/0"], [b"b/0"]]
+
+
+@pytest.mark.parametrize("copy", [shutil.copy, os.symlink, os.link])
+def test_two_tars_of_the_same_bytes_are_refused(tars, copy):
+    copy(tars[1], tars[0].parent / "copy.tar")
+    with pytest.raises(DataError, match="b.tar and copy.tar are the same tar .* move one of them") as error:
+        index_shards([*tars, tars[0].parent / "copy.tar"], Features())
+    assert str(tars[1].parent) in str(error.value)
+    assert {path.name for path in tars[0].parent.iterdir()} == {"a.tar", "b.tar", "copy.tar"}, "nothing is written"
+
+
+def test_tars_of_one_size_and_other_bytes_are_indexed_with_their_digests(tmp_path):
+    tars = [write_tar(tmp_path / f"{name}.tar", {f"{name}.wav": encode(noise(8000, 1), "wav")}) for name in "abc"]
+    assert len({path.stat().st_size for path in tars}) == 1
+    index = index_shards(tars, Features())
+    assert [shard.sha256 for shard in index.shards] == [file_sha256(path) for path in tars]
 
 
 def test_bad_clips_are_left_out_and_listed(tmp_path):

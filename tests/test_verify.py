@@ -28,7 +28,10 @@ def test_names_short_long_and_foreign_agree_with_the_sidecar(tmp_path, form, twi
             "long" * 40 + ".flac": encode(noise(6000)),
             "chouette-hulotte-\u00e9t\u00e9.ogg": encode(noise(7000), "ogg"),
         }
-    tars = [write_tar(tmp_path / f"{name}.tar", files, format=form) for name in ("a", "b")[: 1 + twice]]
+    tars = [
+        write_tar(tmp_path / f"{name}.tar", files | {"README": name.encode()}, format=form)
+        for name in ("a", "b")[: 1 + twice]
+    ]
     index = index_shards(tars, Features())
     assert index.num_clips == len(files) * (1 + twice)
     assert verify_shards(index, decode_clips=True) == []

@@ -24,6 +24,7 @@ from msm_dist.data.index import (
     Shard,
     check_shards,
     file_sha256,
+    index_command,
     load_index,
     member_table,
     members,
@@ -52,11 +53,12 @@ def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, pr
     """Write sidecars, index.json and report.json beside tars of one folder; every clip is decoded once.
 
     Clips that do not decode are left out of the index. Where two tars use the same key, all keys become
-    <tar>/<key>. Raises DataError on a tar that is damaged or holds no audio.
+    <tar>/<key>. Raises DataError on a tar that is damaged or holds no audio, and on two of the same bytes.
     """
     paths = sorted(set(paths))
     root = _common_folder(paths)
     _refuse_selection(root, paths)
+    digests = _distinct_digests(paths, progress)
     scans = {}
     for scan in run_tasks(_scan_tar, [(path, features) for path in paths], workers):
         scans[scan.path] = scan
@@ -74,7 +76,7 @@ def index_shards(paths: Sequence[Path], features: Features, workers: int = 1, pr
         location=str(root),
         kind="audio",
         sample_rate=rates.pop() if len(rates) == 1 else None,
-        shards=tuple(_write_sidecar(scan) for scan in used),
+        shards=tuple(_write_sidecar(scan, digests.get(scan.path)) for scan in used),
         seconds=float(sum(row[2] / row[3] for scan in used for row in scan.rows)),
         **statistics._asdict(),
         features=features.front_end(),
@@ -123,8 +125,25 @@ def _refuse_selection(root: Path, paths: Sequence[Path]) -> None:
     if dropped:
         raise DataError(
             f"{root}: its {INDEX_NAME} also lists {', '.join(sorted(dropped)[:3])} ({len(dropped)} in all); name every "
-            f"tar: msm-dist data index {root}/*.tar"
+            f"tar: {index_command(root)}"
         )
+
+
+def _distinct_digests(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
+    """sha256 of the tars that are as long as another one. Raises DataError where two are the same."""
+    sizes = {path: path.stat().st_size for path in paths}
+    uses = Counter(sizes.values())
+    alike = [path for path in paths if uses[sizes[path]] > 1]
+    names: dict[str, Path] = {}
+    for number, path in enumerate(alike, 1):
+        digest = file_sha256(path)
+        if (other := names.setdefault(digest, path)) != path:
+            raise DataError(
+                f"{other} and {path.name} are the same tar (sha256 {digest[:12]}), and their clips would be counted "
+                "twice; move one of them to another folder"
+            )
+        progress("comparing tars of one size", number, len(alike))
+    return {path: digest for digest, path in names.items()}
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
@@ -191,10 +210,10 @@ def _prefixed(scan: _Scanned) -> list[tuple[int, int, int, int, str, bytes]]:
     return [(*row[:-1], scan.path.stem.encode(errors="surrogateescape") + b"/" + row[-1]) for row in scan.rows]
 
 
-def _write_sidecar(scan: _Scanned) -> Shard:
+def _write_sidecar(scan: _Scanned, sha256: str | None) -> Shard:
     path = scan.path
     digest = write_members(path.with_suffix(".members.npy"), member_table(scan.rows))
-    return Shard(path.name, len(scan.rows), path.stat().st_size, file_sha256(path), digest, str(path))
+    return Shard(path.name, len(scan.rows), path.stat().st_size, sha256 or file_sha256(path), digest, str(path))
 
 
 def _measure_shard(task: tuple[Shard, Features]) -> tuple[str, np.ndarray]:

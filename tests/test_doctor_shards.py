@@ -2,8 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,97 @@ def test_missing_and_cut_shards_are_named(corpus, quick):
     found = [finding for finding in examine(corpus, quick) if finding.status == "fail"]
     assert [finding.name for finding in found] == ["shards", "shards"]
     assert f"clips-000002.tar (4096 bytes, not {size})" in found[1].detail
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    """What a user gets who copies it into a terminal."""
+    ours = f'msm-dist() {{ {shlex.quote(sys.executable)} -m msm_dist "$@"; }}'
+    return subprocess.run(["bash", "-c", f"{ours}\n{command}"], capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_for_cut_shards_gives_an_index_of_the_others(packed, tmp_path):
+    corpus = Path(shutil.copytree(packed, tmp_path / "the corpus; exit 3"))
+    os.truncate(corpus / "clips-000002.tar", 4096)
+    shutil.copy(corpus / "clips-000000.tar", corpus / "copy.tar")
+    finding = next(finding for finding in examine(corpus, quick=True) if finding.status == "fail")
+    assert finding.remedy.endswith("which takes in what the index does not list, unless you move it away: copy.tar")
+    command = finding.remedy.splitlines()[1].removeprefix("an index without them: ")
+    before = (corpus / "index.json").read_bytes()
+    ended = shell(command)
+    assert ended.returncode == 2 and "clips-000000.tar and copy.tar are the same tar" in ended.stderr, ended
+    assert (corpus / "index.json").read_bytes() == before, "clips that are there twice make no index"
+    (corpus / "copy.tar").unlink()
+    assert shell(command.rpartition("&& ")[2]).returncode == 0
+    assert [shard.name for shard in load_index(str(corpus)).shards] == [f"clips-00000{n}.tar" for n in (0, 1, 3)]
+    only(corpus, "warn", "orphans", "belong to no shard", "clips-000002.members.npy")
+
+
+def test_many_cut_shards_are_not_all_written_out(corpus):
+    content = json.loads((corpus / "index.json").read_text())
+    entries = [content["shards"][0] | {"name": f"x{number}.tar"} for number in range(30)]
+    edit(corpus, shards=entries, clips=30 * entries[0]["clips"])
+    for entry in entries:
+        (corpus / entry["name"]).write_bytes(b"x")
+    remedy = next(finding.remedy for finding in examine(corpus, quick=True) if finding.status == "fail")
+    assert remedy.count("/x") == 20 and "once the other 10 are moved away too" in remedy
+
+
+def test_shards_of_stored_logmels_get_no_command_that_refuses_them(corpus, tmp_path):
+    repack(corpus, tmp_path / "logmels", Features(), 1)
+    os.truncate(tmp_path / "logmels" / "clips-000002.tar", 4096)
+    finding = only(tmp_path / "logmels", "fail", "shards", "pack them again", "data.allow_missing_shards=true")
+    assert "data index" not in finding.remedy
+    (tmp_path / "logmels" / "clips-000001.members.npy").write_bytes(b"x")
+    assert not [finding for finding in examine(tmp_path / "logmels", quick=True) if "data index" in finding.remedy]
+
+
+def cut(corpus: Path) -> None:
+    """A shard whose name a shell would run."""
+    content = json.loads((corpus / "index.json").read_text())
+    content["shards"][0]["name"] = "$(touch EVIL).tar"
+    edit(corpus, shards=content["shards"])
+    (corpus / "$(touch EVIL).tar").write_bytes(b"x")
+
+
+DAMAGE = {
+    "no index": lambda corpus: (corpus / "index.json").unlink(),
+    "broken index": lambda corpus: (corpus / "index.json").write_text("{"),
+    "missing": lambda corpus: (corpus / "clips-000001.tar").unlink(),
+    "cut": cut,
+    "sidecar": lambda corpus: (corpus / "clips-000001.members.npy").write_bytes(b"x"),
+    "bytes": lambda corpus: (corpus / "clips-000001.tar").write_bytes(
+        bytes((corpus / "clips-000001.tar").stat().st_size)
+    ),
+    "orphan": lambda corpus: shutil.copy(corpus / "clips-000001.tar", corpus / "`touch EVIL`.tar"),
+    "not measured": lambda corpus: edit(corpus, mean=None, std=None, mel_mean=None, features=None),
+    "front end": lambda corpus: edit(corpus, features=Features(fmin=20.0).front_end()),
+    "narrow": lambda corpus: edit(corpus, mean=0.0, std=0.01, mel_mean=[0.0] * 80),
+    "AudioSet": lambda corpus: edit(
+        corpus, official={"tables": ["balanced_train_segments.csv"], "clips": 9, "found": 9, "manifest": "0" * 64}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_whoever_copies_a_command_runs_no_words_of_a_stranger(packed, tmp_path, damage):
+    corpus = Path(shutil.copytree(packed, tmp_path / "x; touch EVIL; $(touch EVIL)"))
+    DAMAGE[damage](corpus)
+    found = [finding for finding in examine(corpus) if finding.status != "ok"]
+    told = "\n".join(finding.remedy for finding in found)
+    assert "EVIL" in told, "else this shows nothing"
+    for finding in found:
+        # In front of a quoted word of the shell stands its quote.
+        for text in (str(corpus), "$(touch EVIL).tar", "`touch EVIL`.tar"):
+            assert f" {text}" not in finding.remedy and f"={text}" not in finding.remedy, finding.remedy
+        quoted = [part for part in shlex.shlex(finding.remedy, posix=False) if "EVIL" in part]
+        assert all(part[0] == part[-1] == "'" for part in quoted), quoted
+
+
+def test_front_end_of_a_stranger_is_not_made_a_command(corpus):
+    features = json.loads((corpus / "index.json").read_text())["features"]
+    edit(corpus, features=features | {"zz": "$(touch EVIL)"})
+    finding = only(corpus, "fail", "index", "not a valid shard index", "features")
+    assert "EVIL" not in f"{finding.detail}{finding.remedy}"
 
 
 def test_changed_bytes_are_found_unless_it_is_to_be_quick(corpus):

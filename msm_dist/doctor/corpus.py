@@ -14,7 +14,7 @@ from msm_dist.corpus import open_corpus, plan_identity
 from msm_dist.data.index import Index, check_shards, load_index
 from msm_dist.data.storage import access_of, is_remote
 from msm_dist.doctor.files import is_there, read_plain, read_record
-from msm_dist.doctor.findings import Finding, some
+from msm_dist.doctor.findings import Finding, some, word
 from msm_dist.engine.runfolder import compare_plan
 from msm_dist.errors import DataError, MsmError
 from msm_dist.plain import parse_json
@@ -72,7 +72,7 @@ def _changed(folder: Path, cfg: Config, quick: bool) -> Iterator[Finding]:
         digests = {str(entry["sha256"]) for entry in listed}
     except (DataError, ValueError, KeyError, TypeError) as error:
         detail = f"{path}: not a list of shards ({error}): a start refuses it"
-        yield Finding("changed", "fail", detail, f"rm {path}, and the next start with data.verify=digest")
+        yield Finding("changed", "fail", detail, f"rm {word(path)}, and the next start with data.verify=digest")
         return
     access = access_of(cfg.data)
     sources = [load_index(name, access) for name in _locations(cfg)] if cfg.data.mix else [_index(cfg)]

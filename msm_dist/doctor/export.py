@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from msm_dist.doctor.checkpoints import Seen
 from msm_dist.doctor.files import check_folder, is_there, names_in, plain_size, read_record
-from msm_dist.doctor.findings import Finding
+from msm_dist.doctor.findings import Finding, word
 from msm_dist.engine.stored import MASTER, Saved
 from msm_dist.errors import CheckpointError, DataError
 from msm_dist.evaluate.classifier import HEAD_CONFIG_FILE, HEAD_FILE
@@ -25,7 +25,7 @@ def export_findings(folder: Path, start: Seen | None, total_steps: int | None, q
     """What is to say of RUN/export; nothing where the run has not come so far."""
     export = folder / "export"
     is_due = start is not None and start.step == total_steps
-    remedy = f"start the run again: it exports the weights of its last step; rm -r {export} first"
+    remedy = f"start the run again: it exports the weights of its last step; rm -r {word(export)} first"
     if not is_there(export):
         if is_due:
             yield Finding("export", "fail", "all steps are done, but no weights are exported", remedy.partition(";")[0])

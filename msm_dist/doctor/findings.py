@@ -3,8 +3,10 @@
 In: findings. Out: lines on the terminal and an exit code. Needs the standard library only.
 """
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 NAME_WIDTH = 13
@@ -42,6 +44,11 @@ def show(findings: Iterable[Finding]) -> int:
 def printable(text: str) -> str:
     """Text of strangers as it may reach a terminal: what steers the terminal is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def word(path: str | Path) -> str:
+    """A path as it is written in a command: whoever copies that runs nothing else, whatever it is called."""
+    return shlex.quote(str(path))
 
 
 def counted(number: int, what: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msm_dist.doctor.files import is_there, lines_of, names_in, read_plain, read_record
-from msm_dist.doctor.findings import Finding, counted, some
+from msm_dist.doctor.findings import Finding, counted, some, word
 from msm_dist.errors import DataError
 from msm_dist.plain import shown
 
@@ -73,7 +73,7 @@ def metrics_findings(path: Path, saved_step: int, log_every: int, is_alive: bool
     try:
         lines = read_lines(path)
     except DataError as error:
-        yield Finding("metrics", "fail", str(error), f"mv {path} {path}.old: the run goes on without the lines so far")
+        yield Finding("metrics", "fail", str(error), f"{_aside(path)}: the run goes on without the lines so far")
         return
     yield from _shared_findings("metrics", lines)
     if lines.fault:
@@ -109,7 +109,7 @@ def trace_findings(folder: Path, saved_step: int, global_batch: int) -> Iterator
             whole &= lines.fault is None
             per_step += lines.per_step
     except DataError as error:
-        yield Finding("trace", "fail", str(error), f"mv {folder} {folder}.old, or train.trace=false")
+        yield Finding("trace", "fail", str(error), f"{_aside(folder)}, or train.trace=false")
         return
     counted = {step: count for step, count in per_step.items() if 0 < step <= saved_step}
     if not whole:
@@ -133,7 +133,7 @@ def trace_findings(folder: Path, saved_step: int, global_batch: int) -> Iterator
 def _shared_findings(name: str, lines: Lines) -> Iterator[Finding]:
     if lines.fault:
         detail = f"{lines.path}: line {lines.fault} is no record with a step: a start refuses it"
-        remedy = f"sed -i '{lines.fault}d' {lines.path}, or mv {lines.path} {lines.path}.old"
+        remedy = f"sed -i '{lines.fault}d' {word(lines.path)}, or {_aside(lines.path)}"
         yield Finding(name, "fail", detail, remedy)
     elif lines.falls_at:
         detail = f"{lines.path}: line {lines.falls_at} is of an earlier step than the line before: two runs wrote it?"
@@ -147,7 +147,7 @@ def skipped_findings(path: Path, allowed: int) -> Iterator[Finding]:
     try:
         lines = read_lines(path)
     except DataError as error:
-        yield Finding("skipped", "fail", str(error), f"mv {path} {path}.old")
+        yield Finding("skipped", "fail", str(error), _aside(path))
         return
     yield from _shared_findings("skipped", lines)
     if not lines.fault:
@@ -164,7 +164,7 @@ def diverged_findings(folder: Path, skipped_name: str) -> Iterator[Finding]:
     try:
         report = read_record(path)
     except DataError as error:
-        yield Finding("diverged", "warn", str(error), f"rm {path}")
+        yield Finding("diverged", "warn", str(error), f"rm {word(path)}")
         return
     told = _reported(report)
     if _is_before(path, started):
@@ -194,13 +194,18 @@ def hang_findings(folder: Path) -> Iterator[Finding]:
             return
         told = " ".join(read_plain(path).decode(errors="replace").split())[:REPORT_SHOWN]
     except DataError as error:
-        yield Finding("hang", "warn", str(error), f"rm -r {path.parent}")
+        yield Finding("hang", "warn", str(error), f"rm -r {word(path.parent)}")
         return
     if _is_before(path, started):
         yield Finding("hang", "ok", f"an earlier start did, the run was started again since ({path})")
         return
     remedy = f"start it again; if it hangs there once more, {path.parent}/rank-*.txt say where each rank stood"
     yield Finding("hang", "warn", f"the latest start ended so: {told}", remedy)
+
+
+def _aside(path: Path) -> str:
+    """The command that renames what is damaged."""
+    return f"mv {word(path)} {word(f'{path}.old')}"
 
 
 def _is_before(report: Path, started: Path) -> bool:

@@ -26,7 +26,7 @@ from msm_dist.doctor.checkpoints import Seen, State, look_at, next_start, place_
 from msm_dist.doctor.corpus import corpus_findings
 from msm_dist.doctor.export import export_findings
 from msm_dist.doctor.files import is_there, read_plain, read_record
-from msm_dist.doctor.findings import Finding
+from msm_dist.doctor.findings import Finding, word
 from msm_dist.doctor.records import diverged_findings, hang_findings, metrics_findings, skipped_findings, trace_findings
 from msm_dist.doctor.resumption import command_to_continue
 from msm_dist.engine.meta import PretrainingMeta, RunMeta
@@ -100,7 +100,8 @@ def _settings(look: Look) -> Iterator[Finding]:
     kind = "fine-tuning" if isinstance(look.cfg, FinetuneConfig) else "pre-training"
     if look.cfg.run.name != look.folder.resolve().name:
         detail = f"config.yaml is that of run.name={look.cfg.run.name}, the folder is called {look.folder.name}"
-        yield Finding("settings", "fail", detail, f"mv {look.folder} {look.folder.parent / look.cfg.run.name}")
+        command = f"mv {word(look.folder)} {word(look.folder.parent / look.cfg.run.name)}"
+        yield Finding("settings", "fail", detail, command)
     else:
         yield Finding("settings", "ok", f"{kind}, valid for this version")
 
@@ -128,7 +129,7 @@ def _lock(look: Look) -> Iterator[Finding]:
         owner = read_record(path)
         age = time.time() - path.lstat().st_mtime
     except (DataError, OSError) as error:
-        yield Finding("lock", "fail", f"not a lock of ours ({error})", f"rm {path}, if no run writes here")
+        yield Finding("lock", "fail", f"not a lock of ours ({error})", f"rm {word(path)}, if no run writes here")
         return
     told = f"process {shown(owner.get('pid'), 20)} on {shown(owner.get('host'), 80)}"
     told += f", job {shown(owner['job'], 40)}" if owner.get("job") else ""
@@ -170,7 +171,8 @@ def _checkpoints(look: Look, quick: bool, progress: Progress) -> Iterator[Findin
     if look.start and look.start.saved and look.cfg:
         fault = place_fault(look.start.saved, _blocks_per_step(look.cfg))
         if fault:
-            remedy = f"mv {look.start.folder} {look.start.folder}.other, to go on from the one before"
+            aside = look.start.folder.with_name(f"{look.start.folder.name}.other")
+            remedy = f"mv {word(look.start.folder)} {word(aside)}, to go on from the one before"
             yield Finding(look.start.folder.name, "fail", f"a start ends here: {fault}", remedy)
     if not look.seen:
         yield Finding("checkpoints", "ok", "none yet: a start begins at step 0")
@@ -191,7 +193,7 @@ def _environment(look: Look) -> Iterator[Finding]:
     try:
         look.environment = read_record(path)
     except DataError as error:
-        remedy = f"rm {path}: the next start writes it"
+        remedy = f"rm {word(path)}: the next start writes it"
         yield Finding("environment", "warn", str(error), remedy)
         return
     if look.is_finished:

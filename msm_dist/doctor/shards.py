@@ -5,6 +5,7 @@ command that mends it. Digests and headers are compared by data/verify.py, unles
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,20 @@ import numpy as np
 from msm_dist.config import Config, Features
 from msm_dist.data.audioset import unusual
 from msm_dist.data.clips import Progress
-from msm_dist.data.index import INDEX_NAME, MEMBERS_SUFFIX, UNFINISHED_NAME, Index, is_tar, load_index, tables
+from msm_dist.data.index import (
+    INDEX_NAME,
+    MEMBERS_SUFFIX,
+    UNFINISHED_NAME,
+    Index,
+    index_command,
+    is_tar,
+    load_index,
+    tables,
+)
 from msm_dist.data.plan import check_lanes, make_plan, valid_worlds
 from msm_dist.data.storage import UNKNOWN_SIZE, Access, is_remote, open_store, split
 from msm_dist.data.verify import verify_shards
-from msm_dist.doctor.findings import Finding, counted, some
+from msm_dist.doctor.findings import SHOWN, Finding, counted, some, word
 from msm_dist.doctor.host import is_shared, mounted_at
 from msm_dist.errors import ConfigError, DataError
 
@@ -58,7 +68,7 @@ def _remedy_of_index(where: str) -> str:
     path = Path(where)
     folder = path if path.is_dir() else path.parent
     if any(folder.glob("*.tar")) and not (folder / UNFINISHED_NAME).is_dir():
-        return f"msm-dist data index {folder}/*.tar"
+        return index_command(folder)
     return ""
 
 
@@ -73,13 +83,43 @@ def _files(index: Index) -> Iterator[Finding]:
     missing = [shard.name for shard, size in pairs if size is None]
     of_another = [(shard, size) for shard, size in pairs if size not in (None, UNKNOWN_SIZE, shard.bytes)]
     wrong = [f"{shard.name} ({size} bytes, not {shard.bytes})" for shard, size in of_another]
-    again = f"copy them again, or pack them again; without them: msm-dist data index {index.location}/*.tar"
+    remedy = _remedy_of_shards(index, [shard.name for shard, _ in of_another])
     if missing:
-        yield Finding("shards", "fail", f"{len(missing)} of {len(pairs)} missing: {some(missing)}", again)
+        yield Finding("shards", "fail", f"{len(missing)} of {len(pairs)} missing: {some(missing)}", remedy)
     if wrong:
-        yield Finding("shards", "fail", f"{len(wrong)} of {len(pairs)} of another size: {some(wrong)}", again)
+        yield Finding("shards", "fail", f"{len(wrong)} of {len(pairs)} of another size: {some(wrong)}", remedy)
     if not missing and not wrong:
         yield Finding("shards", "ok", f"{len(pairs)} there, of the sizes in {INDEX_NAME}")
+
+
+def _remedy_of_shards(index: Index, bad: list[str]) -> str:
+    """What to do where shards are missing, and those in `bad` are there in another size."""
+    again = "copy them again, or pack them again"
+    if is_remote(index.location):
+        return again
+    without = f"{again}; a run without them: data.allow_missing_shards=true"
+    if index.kind == "logmel":
+        return without
+    orphans = _orphans(index)
+    # A tar that is cut off can't be indexed: it may not be there when all that are there are.
+    command, away = index_command(index.location), index.root / "bad"
+    if bad:
+        paths = [str(index.root / name) for name in bad[:SHOWN]]
+        command = f"mkdir -p {word(away)} && mv {shlex.join(paths)} {word(away)} && {command}"
+    told = f"{without}\nan index without them: {command}"
+    if len(bad) > SHOWN:
+        told += f", once the other {len(bad) - SHOWN} are moved away too"
+    if orphans:
+        told += f"\nwhich takes in what the index does not list, unless you move it away: {some(map(word, orphans))}"
+    return told
+
+
+def _orphans(index: Index) -> list[str]:
+    """The tars in a folder that its index does not list."""
+    # A pattern takes some of the shards; what is beside them may still be in the index.
+    known = {shard.name for shard in load_index(index.location, ACCESS).shards}
+    names = sorted(path.name for path in index.root.iterdir())
+    return [name for name in names if name.endswith(".tar") and name not in known and is_tar(str(index.root / name))]
 
 
 def _contents(index: Index, quick: bool, workers: int, progress: Progress) -> Iterator[Finding]:
@@ -96,7 +136,7 @@ def _contents(index: Index, quick: bool, workers: int, progress: Progress) -> It
                 faults.append(str(error))
             progress("reading tables of clips", number + 1, len(whole.shards))
         if faults:
-            yield Finding("tables", "fail", "\n".join(faults), f"msm-dist data index {index.location}/*.tar")
+            yield Finding("tables", "fail", some_lines(faults), _remedy_of_tables(index))
         else:
             yield Finding("tables", "ok", f"{len(whole.shards)} as indexed; digests of the shards were not compared")
         return
@@ -107,12 +147,18 @@ def _contents(index: Index, quick: bool, workers: int, progress: Progress) -> It
     if faults:
         remedy = "copy these shards again, or pack them again"
         if not is_remote(index.location):
-            remedy += f"; which clips are hit: msm-dist data verify {index.location} --decode"
-        if all(MEMBERS_SUFFIX in fault for fault in faults) and not is_remote(index.location):
-            remedy = f"msm-dist data index {index.location}/*.tar"
+            remedy += f"; which clips are hit: msm-dist data verify {word(index.location)} --decode"
+        if all(MEMBERS_SUFFIX in fault for fault in faults):
+            remedy = _remedy_of_tables(index)
         yield Finding("digests", "fail", some_lines(faults), remedy)
     else:
         yield Finding("digests", "ok", "every byte is as indexed, every clip where its table says")
+
+
+def _remedy_of_tables(index: Index) -> str:
+    if is_remote(index.location) or index.kind == "logmel":
+        return f"copy them and {INDEX_NAME} again, from where they were packed"
+    return index_command(index.location)
 
 
 def _whole(index: Index) -> Index:
@@ -133,7 +179,8 @@ def some_lines(faults: list[str], limit: int = 10) -> str:
 
 def _statistics(index: Index) -> Iterator[Finding]:
     """mean and std of the log-mel: there, possible, and near AudioSet's where it is AudioSet."""
-    measure = f"msm-dist data stats {index.location}"
+    where = word(index.location)
+    measure = f"msm-dist data stats {where}"
     if index.mean is None or index.std is None or index.mel_mean is None:
         yield Finding(
             "statistics", "fail", "not measured: a run refuses, unless features.mean and std are given", measure
@@ -153,11 +200,9 @@ def _statistics(index: Index) -> Iterator[Finding]:
         yield Finding("statistics", "fail", f"{told}: no audio has these", measure)
     elif index.std < NARROWEST_STD:
         detail = f"{told}: hardly anything changes in these clips"
-        yield Finding("statistics", "warn", detail, f"look at some: msm-dist data inspect {index.location}")
+        yield Finding("statistics", "warn", detail, f"look at some: msm-dist data inspect {where}")
     elif sentence := unusual(index, Features().front_end()):
-        yield Finding(
-            "statistics", "warn", sentence, f"listen to some clips: msm-dist data inspect {index.location} KEY"
-        )
+        yield Finding("statistics", "warn", sentence, f"listen to some clips: msm-dist data inspect {where} KEY")
     else:
         yield Finding("statistics", "ok", told)
 
@@ -166,11 +211,11 @@ def _rate(index: Index) -> Iterator[Finding]:
     """Sample rate and front end, against the default features."""
     ours, theirs = Features().front_end(), index.features
     if theirs is not None and theirs != ours:
-        words = " ".join(f"features.{name}={value}" for name, value in theirs.items() if ours.get(name) != value)
+        words = shlex.join(f"features.{name}={value}" for name, value in theirs.items() if ours.get(name) != value)
         what = "stored log-mels" if index.kind == "logmel" else "statistics"
         remedy = f"give the run {words}"
         if index.kind != "logmel":
-            remedy += f", or msm-dist data stats {index.location}"
+            remedy += f", or msm-dist data stats {word(index.location)}"
         yield Finding("front end", "warn", f"the {what} were made with {words}, which is not the default", remedy)
     rate, wanted = index.sample_rate, Features().sample_rate
     if index.kind == "logmel":
@@ -194,9 +239,8 @@ def _order(index: Index) -> Iterator[Finding]:
     try:
         plan = make_plan(clips, 0, data.lanes, data.block, data.shuffle_window, data.crops_per_clip)
     except (ConfigError, DataError) as error:
-        yield Finding(
-            "order", "warn", str(error), f"pack more clips, or see msm-dist plan CONFIG data.shards={index.location}"
-        )
+        setting = shlex.quote(f"data.shards={index.location}")
+        yield Finding("order", "warn", str(error), f"pack more clips, or see msm-dist plan CONFIG {setting}")
         return
     steps = plan.clips_per_epoch * data.crops_per_clip / train.global_batch
     told = f"{plan.lanes} lanes of {plan.lane_clips:,} clips, "
@@ -217,14 +261,13 @@ def _beside(index: Index) -> Iterator[Finding]:
     root = index.root
     # A pattern takes some of the shards; what is beside them may still be in the index.
     known = load_index(index.location, ACCESS).shards
-    tars = {shard.name for shard in known}
     sidecars = {split(shard.members_location)[1] for shard in known}
     names = sorted(path.name for path in root.iterdir())
-    orphans = [name for name in names if name.endswith(".tar") and name not in tars and is_tar(str(root / name))]
+    orphans = _orphans(index)
     strays = [name for name in names if name.endswith(MEMBERS_SUFFIX) and name not in sidecars]
     if orphans:
         detail = f"not in {INDEX_NAME}, so that no run reads them: {some(orphans)}"
-        yield Finding("orphans", "warn", detail, f"msm-dist data index {root}/*.tar, or remove them")
+        yield Finding("orphans", "warn", detail, f"{index_command(root)}, or remove them")
     if strays:
         detail = f"tables of clips that belong to no shard of the index: {some(strays)}"
         yield Finding("orphans", "warn", detail, "remove them, if their tars are gone for good")
@@ -237,7 +280,7 @@ def _beside(index: Index) -> Iterator[Finding]:
     closed = [path.name for path in files if path.exists() and not os.access(path, os.R_OK)]
     if closed:
         detail = f"you can't read {some(closed)}"
-        yield Finding("rights", "fail", detail, f"chmod -R u+rX {root}, as their owner")
+        yield Finding("rights", "fail", detail, f"chmod -R u+rX {word(root)}, as their owner")
     else:
         yield Finding("rights", "ok", "you may read every file")
 
@@ -248,7 +291,8 @@ def _file_system(index: Index) -> Iterator[Finding]:
         yield Finding("file system", "note", "can't be found out")
     elif is_shared(kind):
         detail = f"{kind} at {mount}, over the network: every crop is a read of its own place"
-        remedy = f"if a run's data wait is above 5 %: rsync -a {index.root}/ LOCAL_FOLDER, and data.shards=LOCAL_FOLDER"
+        copied = f"rsync -a {word(index.root)}/ LOCAL_FOLDER"
+        remedy = f"if a run's data wait is above 5 %: {copied}, and data.shards=LOCAL_FOLDER"
         yield Finding("file system", "warn", detail, remedy)
     else:
         yield Finding("file system", "ok", f"{kind} at {mount}")

@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 from msm_dist.config import Data
 from msm_dist.errors import DataError
 from msm_dist.files import open_regular, read_small
+from msm_dist.redact import has_password
 
 MAX_OPEN_FILES = 128
 MAX_SMALL_FILE = 256 * 2**20  # as of remote ones
@@ -131,7 +132,9 @@ def check_location(location: str) -> None:
     except ValueError as error:
         raise DataError(f"{scheme}://...: its URL can't be read ({error}); see how it is written") from None
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    if "@" in parts.netloc:
+    if has_password(location):
+        shown = f"{scheme}://{location.rpartition('@')[2].partition('?')[0]}"  # with / ? or # in it, no parts tell it
+    if "@" in parts.netloc or has_password(location):
         raise DataError(
             f"{shown}: its URL holds a user name; leave it out and name user and password in ~/.netrc "
             "(or the file that NETRC names), or use the environment variables of the store's own library"

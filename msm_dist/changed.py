@@ -2,14 +2,15 @@
 
     runs/<name>/changed_shards.json   [{"name", "location", "sha256"}, ...]
 
-In: the corpus as it was stamped, and the error that ended a start, if any. Out: the list; at the next start a comparison of
-the digests of what is listed with the index, and only when they agree the list is deleted. Fails with DataError.
+In: the corpus as it was stamped, and the error that ended a start, if any. Out: the list; at the next start a
+comparison of the digests of what is listed with the index, and only when they agree the list is deleted. Fails with
+DataError.
 """
 
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,10 +49,13 @@ def recording_changed(folder: Path, corpus: Corpus, is_main: bool) -> Iterator[N
             )
 
 
-def check_restored(folder: Path, index: Index, access: Access, world: World) -> list[str]:
+def check_restored(
+    folder: Path, index: Index, access: Access, world: World, begins: Callable[[], object] = lambda: None
+) -> list[str]:
     """Raise DataError on all ranks unless the listed shards are what they were; what to say of it. A collective.
 
-    One rank of each machine reads them. Those that are missing are left to data.allow_missing_shards.
+    One rank of each machine reads them, and calls `begins` before each. Those that are missing are left to
+    data.allow_missing_shards.
     """
     path = folder / CHANGED_FILE
     listed = world.on_main(lambda: _read(path))
@@ -61,7 +65,7 @@ def check_restored(folder: Path, index: Index, access: Access, world: World) -> 
 
     def compare() -> None:
         try:
-            check_digests(replace(index, shards=shards), 0, 1, access)
+            check_digests(replace(index, shards=shards), 0, 1, access, begins)
         except DataError as error:
             raise DataError(
                 f"{path}: these shards changed under this run. It goes on from its last checkpoint once they are what "

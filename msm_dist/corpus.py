@@ -8,7 +8,7 @@ shards of all, its plan mixes theirs, its statistics are those of the mixture th
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any
@@ -64,11 +64,17 @@ def stamp(corpus: Corpus) -> Corpus:
     return replace(corpus, stamped=stamps(shard.location for shard in corpus.index.shards))
 
 
-def check_digests(index: Index, rank: int, world_size: int, access: Access = ACCESS) -> None:
-    """Compare this rank's share of the shards with their digests; reads all of them. Raises DataError."""
+def check_digests(
+    index: Index, rank: int, world_size: int, access: Access = ACCESS, begins: Callable[[], object] = lambda: None
+) -> None:
+    """Compare this rank's share of the shards with their digests; reads all of them. Raises DataError.
+
+    `begins` is called before each.
+    """
     mine = sorted(index.shards[rank::world_size], key=lambda shard: split(shard.location)[0])
     for folder, shards in groupby(mine, key=lambda shard: split(shard.location)[0]):
-        check_shards(replace(index, location=folder, shards=tuple(shards)), "digest", allow_missing=True, access=access)
+        here = replace(index, location=folder, shards=tuple(shards))
+        check_shards(here, "digest", allow_missing=True, access=access, begins=begins)
 
 
 def front_end_settings(features: Features, index: Index) -> Features:

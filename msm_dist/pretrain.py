@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
@@ -95,13 +96,16 @@ def pretrain(cfg: Config, build_model: BuildModel = configured_model) -> int:
         stack.enter_context(preempt.listening(interruption))
         # Whoever read what is printed has started the run: their end is the launcher's.
         stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, signal.SIGTERM)))
+        progress = Progress()
+        watch = stack.enter_context(watching(progress, world, cfg.engine.timeout_minutes))
         layout = batch_layout(cfg, world.size)
+        progress.at(0, "corpus")
         corpus = world.on_main(lambda: open_corpus(cfg, layout))
         world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
+        watch.record_in(cfg.run.folder / "hang")
         corpus = stamp(corpus)
         stack.enter_context(recording_changed(cfg.run.folder, corpus, world.is_main))
-        run = build(cfg, world, layout, corpus, interruption, build_model)
-        stack.enter_context(watching(run.progress, world, cfg.run.folder / "hang", cfg.engine.timeout_minutes))
+        run = build(cfg, world, layout, corpus, interruption, build_model, progress)
         stack.callback(run.monitor.close)
         stack.callback(run.saver.close)
         if run.step < corpus.total_steps and (reason := train(run)):
@@ -332,17 +336,21 @@ def build(
     corpus: Corpus,
     interruption: preempt.Interruption,
     build_model: BuildModel,
+    progress: Progress,
 ) -> Training:
     """Model, engine, validation and monitor, at the newest checkpoint or at step 0. A collective."""
     folder, identity = cfg.run.folder, plan_identity(corpus)
     changes = world.on_main(lambda: compare_config(folder, cfg))
     change = world.on_main(lambda: extension.compare_builder(folder, build_model))
     world.on_main(lambda: compare_plan(folder, identity))
+    progress.at(0, "checkpoint")
     saved = newest_of_run(folder / "checkpoints", corpus.total_steps, layout, world, PretrainingMeta)
     access = access_of(cfg.data)
-    restored = check_restored(folder, corpus.index, access, world)
+    verifying = partial(progress.at, 0, "digests")
+    restored = check_restored(folder, corpus.index, access, world, verifying)
     if cfg.data.verify == "digest":
-        world.together(lambda: check_digests(corpus.index, world.rank, world.size, access), DataError)
+        world.together(lambda: check_digests(corpus.index, world.rank, world.size, access, verifying), DataError)
+    progress.at(0, "model")
     model = extension.build_seeded(build_model, cfg)
     is_configured = extension.has_configured_parameters(model, cfg)
     notes = [*changes, *([change] if change else []), *restored]
@@ -363,6 +371,7 @@ def build(
         notes.append("model.activation_checkpointing: blocks are computed again in the backward")
     if cfg.engine.compile:
         notes.append(f"engine.compile: engine and first step took {time.monotonic() - start:.1f} s")
+    progress.at(0, "state")
     if saved:
         checkpoint.load(engine, saved, world)
     else:
@@ -393,6 +402,7 @@ def build(
         print(announcement(cfg, world, corpus, describe_engine(engine), model_line, saved, notes), flush=True)
         if report:
             print(report.text(), flush=True)
+    progress.at(step, "start")
     return Training(
         cfg,
         world,
@@ -405,7 +415,7 @@ def build(
         metrics,
         saver,
         guard,
-        Progress(step),
+        progress,
         interruption,
         rate,
         is_configured,

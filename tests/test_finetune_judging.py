@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from msm_dist.engine.hang import Progress
 from msm_dist.errors import DataError
 from msm_dist.evaluate import finetune
 from msm_dist.evaluate.finetune_config import FinetuneData, read_config
@@ -89,20 +90,21 @@ def test_all_clips_that_can_not_be_read_are_named_at_once(path, num_workers):
     (path.parent / "test5.wav").unlink()
     valid, test = parts(labelled)
     with pytest.raises(DataError, match=r"sounds: 4 of 72 clips can't be read") as error:
-        check_clips(labelled, [*valid, *test], num_workers, Alone(), Interruption())
+        check_clips(labelled, [*valid, *test], num_workers, Alone(), Interruption(), Progress())
     assert all(f"{name}.wav: " in str(error.value) for name in ("train3", "valid2", "test23", "test5"))
 
 
 def test_clips_in_order_are_passed_over_in_silence(path):
     labelled = opened(path)
-    check_clips(labelled, labelled.clips(labelled.parts.test), 0, Alone(), Interruption())
+    check_clips(labelled, labelled.clips(labelled.parts.test), 0, Alone(), Interruption(), Progress())
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_check_of_clips_ends_when_the_run_is_to_stop(path, num_workers):
     labelled = opened(path)
     with pytest.raises(Stopping) as stopping:
-        check_clips(labelled, labelled.clips(labelled.parts.test), num_workers, Alone(), Interruption(2, after=1))
+        judged = labelled.clips(labelled.parts.test)
+        check_clips(labelled, judged, num_workers, Alone(), Interruption(2, after=1), Progress())
     assert stopping.value.reason == 2
 
 

@@ -66,20 +66,20 @@ def test_ranks_that_hold_up_the_others_are_named(positions, named):
 
 
 def test_report_says_who_where_and_what_to_do():
-    text = report({0: position(5, place="update"), 1: position(4), 2: position(5)}, 1350.0, Path("runs/a/hang"))
+    text = report({0: position(5, place="update"), 1: position(4), 2: position(5)}, 1350.0, "in runs/a/hang")
     assert "no progress for 1350 s (0.75 of engine.timeout_minutes)" in text
     assert "Held up by rank 1 (here, process 7) at step 4 (data)." in text
     assert "Of the other 2, rank 0 is at step 5 (update)." in text
     assert "runs/a/hang" in text
     assert "the same command continues" in text
-    many = report({rank: position(5) for rank in range(12)}, 1.0, Path("x"))
+    many = report({rank: position(5) for rank in range(12)}, 1.0, "in x")
     assert "rank 7 (" in many
     assert "rank 8 (" not in many
     assert " and 4 more." in many
 
 
 def test_report_tells_of_a_silent_rank_what_is_known():
-    text = report({0: position(5, answers=False), 1: Position(0, 0, "start", "", 0)}, 1.0, Path("x"))
+    text = report({0: position(5, answers=False), 1: Position(0, 0, "start", "", 0)}, 1.0, "in x")
     assert "rank 0 (here, process 7), which does not answer (stopped, or in a call that holds Python's lock" in text
     assert "last heard of at step 5 (data); rank 1, which was never heard of." in text
 
@@ -105,7 +105,8 @@ from msm_dist.engine import hang
 from msm_dist.engine.world import join_world, leave_world
 progress, folder = hang.Progress(), Path(sys.argv[1])
 world = join_world(1)
-with hang.watching(progress, world, folder, float(sys.argv[2]) / 60 / hang.SHARE):
+with hang.watching(progress, world, float(sys.argv[2]) / 60 / hang.SHARE) as watch:
+    {before}watch.record_in(folder)
     progress.at(3, "forward")
     {action}
 leave_world()
@@ -113,9 +114,9 @@ print("left")
 """
 
 
-def alone(folder: Path, action: str, seconds: float = 2.0) -> subprocess.CompletedProcess:
+def alone(folder: Path, action: str, seconds: float = 2.0, before: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ALONE.format(action=action), str(folder), str(seconds)]
+    command = [sys.executable, "-c", ALONE.format(action=action, before=before), str(folder), str(seconds)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
@@ -127,6 +128,16 @@ def test_process_that_stands_still_alone_ends_too(tmp_path):
     assert "Traceback" not in done.stderr
     assert " in <module>" in (tmp_path / "hang" / "rank-00000.txt").read_text()
     assert (tmp_path / "hang" / "report.txt").read_text() in done.stderr
+
+
+def test_what_there_is_to_tell_before_there_is_a_folder_goes_to_stderr(tmp_path):
+    done = alone(tmp_path / "hang", "pass", before="time.sleep(1000); ")
+    assert done.returncode == 4, done.stderr
+    assert "Held up by rank 0 (" in done.stderr
+    assert "at step 0 (start)." in done.stderr
+    assert "Stacks of every rank that could write them are above, on stderr." in done.stderr
+    assert " in <module>" in done.stderr.partition("msm-dist: no progress")[0]
+    assert not (tmp_path / "hang").exists()
 
 
 def test_block_that_ends_in_time_leaves_nothing(tmp_path):

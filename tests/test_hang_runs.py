@@ -46,6 +46,12 @@ def hang(runs, kill: str, rank: int, *settings: str) -> tuple[list[int], str, di
 
 
 def test_run_that_stands_still_ends_with_the_rank_named_and_continues_to_the_same_weights(runs):
+    # Before the first step, where the other rank waits for it too.
+    codes, output, stacks = hang(runs, "pause:build", 1)
+    assert codes == [4, 4], output
+    assert "Held up by rank 1 (" in output
+    assert ") at step 0 (corpus)" in output
+    assert "in paused" in stacks[1] and "in paused" not in stacks[0]
     # An endless loop; the other rank waits in the next step for the agreement of all.
     codes, output, stacks = hang(runs, "loop:3", 1)
     assert codes == [4, 4], output

@@ -90,8 +90,8 @@ def culprits(positions: Mapping[int, Position]) -> list[int]:
     return [rank for rank in behind if not positions[rank].waits] or behind
 
 
-def report(positions: Mapping[int, Position], seconds: float, folder: Path) -> str:
-    """One message for all ranks' positions."""
+def report(positions: Mapping[int, Position], seconds: float, place: str) -> str:
+    """One message for all ranks' positions; `place`: where their stacks are."""
     named = culprits(positions)
     told = "; ".join(_describe(rank, positions[rank]) for rank in named[:RANKS_NAMED])
     more = f" and {len(named) - RANKS_NAMED} more" if len(named) > RANKS_NAMED else ""
@@ -102,40 +102,28 @@ def report(positions: Mapping[int, Position], seconds: float, folder: Path) -> s
         others = f" Of the other {len(rest)}, rank {rest[0]} is at step {first.step} ({first.place})."
     return (
         f"msm-dist: no progress for {seconds:.0f} s ({SHARE:g} of engine.timeout_minutes). Held up by {told}{more}."
-        f"{others} Stacks of every rank that could write them are in {folder}. The run ends; its newest checkpoint is "
+        f"{others} Stacks of every rank that could write them are {place}. The run ends; its newest checkpoint is "
         "untouched, and the same command continues from it"
     )
 
 
 @contextlib.contextmanager
-def watching(progress: Progress, world: World, folder: Path, timeout_minutes: float) -> Iterator[None]:
-    """End this process, and those of all other ranks, when inside the block one of them stands still; a collective.
-
-    Raises CheckpointError where a rank can't write in `folder`.
-    """
-    limit = SHARE * 60 * timeout_minutes
-    path = folder / f"rank-{world.rank:05d}.txt"
-    file = world.together(lambda: _open(path), CheckpointError)
+def watching(progress: Progress, world: World, timeout_minutes: float) -> Iterator["Watch"]:
+    """End this process, and those of all other ranks, when inside the block one of them stands still; a collective."""
     with telling_stacks() as answers:
-        watch = _Watch(progress, world, folder, file, answers, limit)
+        watch = Watch(progress, world, answers, SHARE * 60 * timeout_minutes)
         try:
-            yield
+            yield watch
         finally:
             watch.stop()
-            os.close(file)
-            # Nothing to tell: no trace is left.
-            with contextlib.suppress(OSError):
-                if path.stat().st_size == 0:
-                    path.unlink()
-                    folder.rmdir()
 
 
-class _Watch:
-    """One rank's two threads."""
+class Watch:
+    """One rank's two threads. What they have to tell goes to stderr, and to a folder once there is one."""
 
-    def __init__(self, progress: Progress, world: World, folder: Path, file: int, answers: int, limit: float) -> None:
-        self._progress, self._world, self._folder, self._file, self._answers = progress, world, folder, file, answers
-        self._limit = limit
+    def __init__(self, progress: Progress, world: World, answers: int, limit: float) -> None:
+        self._progress, self._world, self._answers, self._limit = progress, world, answers, limit
+        self._file, self._path = 2, None
         self._poll, self._patience = min(POLL_SECONDS, limit / POLLS), min(ANSWER_SECONDS, limit / ANSWERS)
         self._idleness = Idleness(self._poll)
         self._stuck, self._conferred = threading.Event(), threading.Event()
@@ -151,12 +139,29 @@ class _Watch:
         self._clock.start()
         self._talk.start()
 
+    def record_in(self, folder: Path) -> None:
+        """From now on stacks and report are to be files in `folder`; a collective.
+
+        Raises CheckpointError where a rank can't write there.
+        """
+        path = folder / f"rank-{self._world.rank:05d}.txt"
+        self._file = self._world.together(lambda: _open(path), CheckpointError)
+        self._path = path
+
     def stop(self) -> None:
         """End the threads; where the run is being ended already, wait for that."""
         self._wake.set()
         self._clock.join()
         no_last_resort()
         self._talk.join(ENDING_SECONDS)
+        if self._path is None:
+            return
+        os.close(self._file)
+        # Nothing to tell: no trace is left.
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
+                self._path.parent.rmdir()
 
     def _keep_time(self) -> None:
         while not self._stuck.is_set():
@@ -173,8 +178,8 @@ class _Watch:
         if not self._conferred.wait(2 * self._patience):
             self._say(
                 f"msm-dist: no progress for {self._limit:.0f} s. Held up by rank 0, it seems: the store of the process "
-                f"group, which is there, does not answer rank {self._world.rank} {self._where()}. Stacks are in "
-                f"{self._folder}. The run ends; the same command continues from the newest checkpoint"
+                f"group, which is there, does not answer rank {self._world.rank} {self._where()}. Stacks are "
+                f"{self._place}. The run ends; the same command continues from the newest checkpoint"
             )
         os._exit(EXIT_CODE)
 
@@ -211,7 +216,7 @@ class _Watch:
             store.add(f"{KEY}/heard", 1)
             return
         positions = self._positions()
-        self._say(report(positions, self._idleness.seconds, self._folder))
+        self._say(report(positions, self._idleness.seconds, self._place))
         store.set(f"{KEY}/said", "")
         # The store ends with rank 0, and others may be in a call of it.
         hearing = sum(position.answers for position in positions.values()) - 1
@@ -237,14 +242,20 @@ class _Watch:
         position = Position(here.step, here.count, here.place, self._host, os.getpid(), waits, answers)
         return json.dumps(vars(position))
 
+    @property
+    def _place(self) -> str:
+        """Of the stacks."""
+        return f"in {self._path.parent}" if self._path else "above, on stderr"
+
     def _where(self) -> str:
         return f"at step {self._progress.step} ({self._progress.place})"
 
     def _say(self, message: str) -> None:
         # Not by sys.stderr, whose lock the main thread may hold.
         os.write(2, f"{message}\n".encode())
-        with contextlib.suppress(OSError):
-            (self._folder / "report.txt").write_text(f"{message}\n", encoding="utf-8")
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                (self._path.parent / "report.txt").write_text(f"{message}\n", encoding="utf-8")
 
 
 def _describe(rank: int, position: Position) -> str:

@@ -25,7 +25,7 @@ from msm_dist import monitor
 from msm_dist.data.stream import Loader, start_loader
 from msm_dist.engine import preempt, state
 from msm_dist.engine.console import outliving_readers
-from msm_dist.engine.hang import watching
+from msm_dist.engine.hang import Progress, watching
 from msm_dist.engine.optim import lr_at
 from msm_dist.engine.runfolder import locked, refuse_if_taken
 from msm_dist.engine.world import join_world, leave_world, noticing_lost_peers
@@ -56,13 +56,16 @@ def finetune(cfg: FinetuneConfig) -> int:
         stack.callback(leave_world)
         stack.enter_context(preempt.listening(interruption))
         stack.enter_context(outliving_readers(lambda: interruption.hear(preempt.STOP, SIGTERM)))
+        progress = Progress()
+        watch = stack.enter_context(watching(progress, world, cfg.engine.timeout_minutes))
         try:
             layout = batch_layout(cfg.train, world.size)
             start = world.together(lambda: read_start(cfg), CheckpointError)
+            progress.at(0, "task")
             labelled = world.on_main(lambda: open_task(cfg.data, start.info.features.sample_rate))
             world.on_main(lambda: stack.enter_context(locked(cfg.run.folder)))
-            run = build(cfg, world, layout, start, labelled, interruption)
-            stack.enter_context(watching(run.progress, world, cfg.run.folder / "hang", cfg.engine.timeout_minutes))
+            watch.record_in(cfg.run.folder / "hang")
+            run = build(cfg, world, layout, start, labelled, interruption, progress)
             stack.callback(run.monitor.close)
             stack.callback(run.saver.close)
             if run.valid is not None:

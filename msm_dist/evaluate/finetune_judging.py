@@ -20,6 +20,7 @@ from msm_dist.data import media
 from msm_dist.data.audio import BadClip
 from msm_dist.data.index import listed
 from msm_dist.data.stream import Loader, start_loader
+from msm_dist.engine.hang import Progress
 from msm_dist.engine.preempt import Interruption
 from msm_dist.engine.world import World
 from msm_dist.errors import DataError
@@ -88,6 +89,7 @@ def check_clips(
     num_workers: int,
     world: World,
     interruption: Interruption,
+    progress: Progress,
 ) -> None:
     """Decode the clips to be judged on, read the headers of the others' files. A collective.
 
@@ -108,6 +110,7 @@ def check_clips(
             contextlib.closing(start_loader(checks, num_workers, giving_up(interruption))) as loader,
         ):
             for some in loader:
+                progress.at(0, "clips")
                 found += some
                 if interruption.heard:
                     break

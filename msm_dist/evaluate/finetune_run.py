@@ -71,6 +71,7 @@ def build(
     start: Start,
     labelled: LabelledTask,
     interruption: preempt.Interruption,
+    progress: Progress,
 ) -> Finetuning:
     """Engine, validation and monitor, at the newest checkpoint or at step 0, where all is checked. A collective."""
     folder, task, parts = cfg.run.folder, labelled.task, labelled.parts
@@ -83,14 +84,17 @@ def build(
     }
     world.on_main(lambda: compare_config(folder, cfg, MAY_CHANGE))
     world.on_main(lambda: compare_identity(cfg, identity))
+    progress.at(0, "checkpoint")
     saved = newest_of_run(folder / "checkpoints", total_steps, layout, world)
     valid_clips, test_clips = labelled.clips(spread(parts.valid, cfg.train.valid_clips)), labelled.clips(parts.test)
     scores = world.on_main(lambda: allowed_scores(labelled, valid_clips, test_clips))
     if saved is None:
-        check_clips(labelled, [*valid_clips, *test_clips], cfg.data.num_workers, world, interruption)
+        check_clips(labelled, [*valid_clips, *test_clips], cfg.data.num_workers, world, interruption, progress)
+    progress.at(0, "model")
     frames = start.info.crop_frames
     head = Head(task.labels, task.multilabel, cfg.model.pooling, cfg.model.positions, labelled.num_samples, frames)
     engine, cut = start_engine(cfg, world, layout, start, head)
+    progress.at(0, "state")
     if saved:
         checkpoint.load(engine, saved, world)
     step = saved.step if saved else 0
@@ -105,6 +109,7 @@ def build(
     if world.is_main:
         told = announcement(cfg, world, labelled, start, describe_engine(engine), saved, total_steps)
         print("\n".join([told, *scores.notes]), flush=True)
+    progress.at(step, "start")
     return Finetuning(
         cfg,
         world,
@@ -123,7 +128,7 @@ def build(
         metrics,
         saver,
         guard,
-        Progress(step),
+        progress,
         interruption,
         rate,
         step,

@@ -48,6 +48,17 @@ def test_paths_in_commands_are_quoted(run, name):
     assert f" {run}" not in told, "a path without quotes"
 
 
+def test_paths_of_checkpoints_in_commands_are_quoted(run):
+    root = run / "checkpoints"
+    for name in ("step-00000002", "step-00000004.damaged", "step-00000006.partial"):
+        (root / name).mkdir(parents=True)
+    (root / "step-00000002" / "complete").write_text("no record\n")
+    told = "\n".join(finding.remedy for finding in examine_run(run, True, quiet))
+    for name in ("step-00000004.damaged", "step-00000006.partial"):
+        assert f"rm -r {shlex.quote(str(root / name))}" in told, told
+    assert f"mv {shlex.quote(str(root))} {shlex.quote(f'{root}.lost')}" in told, told
+
+
 def test_path_of_weights_is_quoted_in_the_command_that_looks_at_them(tmp_path):
     folder = write_weights(tmp_path / "x; touch EVIL")
     with pytest.raises(ConfigError, match="weights inspect") as error:

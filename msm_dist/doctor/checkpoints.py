@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msm_dist.data.clips import Progress
 from msm_dist.doctor.files import check_folder, names_in, plain_size
-from msm_dist.doctor.findings import Finding, counted, some
+from msm_dist.doctor.findings import Finding, counted, some, word
 from msm_dist.engine.meta import Meta, RunMeta
 from msm_dist.engine.stored import DAMAGED, PARTIAL, Saved, Torn, open_checkpoint, wrong_files
 from msm_dist.errors import CheckpointError, DataError
@@ -129,7 +129,7 @@ def findings(seen: Sequence[Seen], is_alive: bool) -> Iterator[Finding]:
         if one.state is State.GOOD:
             yield Finding(name, "ok", one.detail)
         elif one.state is State.BLOCKED and one.step < newest:
-            yield Finding(name, "warn", one.detail, f"nothing: a newer one is good; or rm -r {where}")
+            yield Finding(name, "warn", one.detail, f"nothing: a newer one is good; or rm -r {word(where)}")
         elif one.state is State.BLOCKED:
             remedy = f"mend that, or move {where} away to go on from the one before"
             yield Finding(name, "fail", f"a start ends here: {one.detail}", remedy)
@@ -137,13 +137,15 @@ def findings(seen: Sequence[Seen], is_alive: bool) -> Iterator[Finding]:
             yield Finding(name, "ok", f"being written, {one.size / 1e6:,.1f} MB so far")
         elif one.state is State.PARTIAL:
             detail = f"{where.name}: unfinished, left by a start that ended while it wrote ({one.size / 1e6:,.1f} MB)"
-            yield Finding(name, "warn", detail, f"nothing: a start's next save deletes it; or rm -r {where}")
+            yield Finding(name, "warn", detail, f"nothing: a start's next save deletes it; or rm -r {word(where)}")
         elif one.state is State.ASIDE:
             detail = f"{where.name}: set aside by a start as damaged: {one.detail} ({one.size / 1e6:,.1f} MB)"
-            remedy = f"look at the disk it lay on (smartctl, dmesg); when you are done: rm -r {where}"
+            remedy = f"look at the disk it lay on (smartctl, dmesg); when you are done: rm -r {word(where)}"
             yield Finding(name, "warn", detail, remedy)
         elif one.step < newest:
-            yield Finding(name, "warn", f"damaged: {one.detail}", f"nothing: a newer one is good; or rm -r {where}")
+            yield Finding(
+                name, "warn", f"damaged: {one.detail}", f"nothing: a newer one is good; or rm -r {word(where)}"
+            )
         else:
             remedy = f"a whole copy put back as {where}, if there is one"
             remedy += "; else the next start sets it aside" if good else ""
@@ -152,7 +154,9 @@ def findings(seen: Sequence[Seen], is_alive: bool) -> Iterator[Finding]:
         damaged = [one.folder.name for one in seen if one.state in (State.TORN, State.ASIDE)]
         if damaged:
             root = seen[0].folder.parent
-            remedy = f"put back a whole copy of one of them, or start from step 0: mv {root} {root}.lost"
+            remedy = (
+                f"put back a whole copy of one of them, or start from step 0: mv {word(root)} {word(f'{root}.lost')}"
+            )
             yield Finding("checkpoints", "fail", f"none is whole, of {some(damaged)}: a start refuses", remedy)
 
 

@@ -314,7 +314,7 @@ def test_killed_rank_ends_the_job_with_a_clear_last_line(runs: ClusterRuns) -> N
 
 def test_network_cut_between_nodes_ends_the_job(runs: ClusterRuns) -> None:
     # Slurm still reaches both nodes: only those that see no progress can end this.
-    job = runs.submit_paced("cut", "engine.timeout_minutes=0.25")
+    job = runs.submit_paced("cut", "engine.timeout_minutes=0.5")
     try:
         runs.reach("cut", job, 15)
         runs.lab.script("link-cut")

@@ -130,8 +130,13 @@ def test_process_that_stands_still_alone_ends_too(tmp_path):
     assert (tmp_path / "hang" / "report.txt").read_text() in done.stderr
 
 
+SLOWLY_WRITTEN = """write = hang.write_stacks
+    hang.write_stacks = lambda *arguments: [time.sleep(0.5), write(*arguments)]
+    """
+
+
 def test_what_there_is_to_tell_before_there_is_a_folder_goes_to_stderr(tmp_path):
-    done = alone(tmp_path / "hang", "pass", before="time.sleep(1000); ")
+    done = alone(tmp_path / "hang", "pass", seconds=16.0, before=f"{SLOWLY_WRITTEN}time.sleep(1000); ")
     assert done.returncode == 4, done.stderr
     assert "Held up by rank 0 (" in done.stderr
     assert "at step 0 (start)." in done.stderr

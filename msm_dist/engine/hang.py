@@ -126,7 +126,7 @@ class Watch:
         self._file, self._path = 2, None
         self._poll, self._patience = min(POLL_SECONDS, limit / POLLS), min(ANSWER_SECONDS, limit / ANSWERS)
         self._idleness = Idleness(self._poll)
-        self._stuck, self._conferred = threading.Event(), threading.Event()
+        self._stuck, self._written, self._conferred = threading.Event(), threading.Event(), threading.Event()
         self._wake = threading.Event()
         """Set for the end of the threads, and where the run is stuck."""
         self._host = socket.gethostname()
@@ -175,6 +175,7 @@ class Watch:
         head = f"rank {self._world.rank} ({self._host}, process {os.getpid()}) {self._where()}"
         # A file system that hangs is a cause too, and must not hold this up.
         _within(self._patience, lambda: write_stacks(self._file, head, self._answers))
+        self._written.set()
         if not self._conferred.wait(2 * self._patience):
             self._say(
                 f"msm-dist: no progress for {self._limit:.0f} s. Held up by rank 0, it seems: the store of the process "
@@ -201,8 +202,10 @@ class Watch:
     def _confer(self) -> None:
         """Tell all ranks that the run ends, hear where they are, and say it once for all."""
         world, store = self._world, self._store
-        store.set(f"{KEY}/at/{world.rank}", self._position(answers=True, waits=waits_for_others()))
         store.set(f"{KEY}/stuck", "")
+        # The message says where stacks are: they come first, unless a file system hangs.
+        self._written.wait(self._patience / 2)
+        store.set(f"{KEY}/at/{world.rank}", self._position(answers=True, waits=waits_for_others()))
         deadline = time.monotonic() + self._patience
 
         def said() -> bool:

@@ -278,7 +278,7 @@ def test_a_closed_loader_is_let_go(corpus):
     assert gone() is None
 
 
-def test_a_program_that_forgets_to_close_its_loader_still_ends(corpus):
+def test_a_program_that_forgets_to_close_its_loader_still_ends_and_leaves_nothing(corpus, tmp_path):
     script = f"""
 from msm_dist.data.index import load_index
 from tests.test_stream import layout_of, open_loader
@@ -287,8 +287,10 @@ print(len(next(loader).keys))
 """
     command = [sys.executable, "-c", script]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lanes_that_do_not_fit_are_refused_before_a_worker_starts(corpus):

@@ -13,7 +13,7 @@ import ctypes
 import hashlib
 import itertools
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -193,6 +193,8 @@ def start_loader(batches: IterableDataset, num_workers: int, while_late: Callabl
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # for the seeds of the workers, which use none: the global one stays
     )
+    # Where workers put the sockets over which they hand over batches: they are killed, and would leave a folder each.
+    multiprocessing.util.get_temp_dir()
     processes, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     with _undisturbed_start():
         received = iter(loader)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,17 +12,27 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
+_held: deque[socket.socket] = deque(maxlen=100)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody else is given while it waits for who is started with it: a start takes seconds.
+
+    It stays bound, by a socket that doesn't listen. Another one may still bind it by name where both allow addresses to
+    be used again, as torch's store and Python's servers do; the kernel gives it to none that asks for any port.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    _held.append(holder)
+    return holder.getsockname()[1]
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # gone before it was opened, or between that and the read
         return False
 
 

@@ -310,5 +310,5 @@ def state_of(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(") ")[2][0]
-    except FileNotFoundError:
+    except OSError:  # gone before it was opened, or between that and the read
         return "X"

@@ -4,6 +4,7 @@
 the pid of the process it has started, and writes that one's return code to <output>.code when it has ended.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -32,7 +33,9 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            # The forker has taken its end before it writes the code down.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

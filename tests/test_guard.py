@@ -12,6 +12,7 @@ WATCH = "import os; from msm_dist.guard import guard; guard(os.getppid(), '7.0',
 SCONTROL = """#!/bin/sh
 [ "$1 $2" = "listpids 7.0" ] || exit 9
 echo "PID      JOBID    STEPID   LOCALID GLOBALID"
+echo >> {ranks}.looks
 if [ -e {ranks} ]; then echo "42       7        0        0       0"; else echo "{gone}" >&2; exit 1; fi
 """
 
@@ -41,16 +42,18 @@ def start(job: tuple[Path, dict[str, str]], patience: float, seconds: float) -> 
 def test_srun_without_ranks_is_ended(job: tuple[Path, dict[str, str]]) -> None:
     ranks = job[0] / "ranks"
     ranks.touch()
-    script = start(job, patience=0.3, seconds=60)
-    time.sleep(1.5)
-    assert script.poll() is None, "srun is left alone while ranks run"
+    script = start(job, patience=0.3, seconds=600)
+    looks = ranks.with_suffix(".looks")
+    while not looks.exists() or len(looks.read_text()) < 20:
+        assert script.poll() is None, "srun is left alone while ranks run"
+        time.sleep(0.05)
     ranks.unlink()
-    said = script.communicate(timeout=30)[0]
+    said = script.communicate(timeout=300)[0]
     assert "srun ended with 143" in said and "a lost node" in said
 
 
 def test_srun_that_has_started_no_rank_yet_is_left_alone(job: tuple[Path, dict[str, str]]) -> None:
-    said = start(job, patience=0.1, seconds=1.5).communicate(timeout=30)[0]
+    said = start(job, patience=0.1, seconds=1.5).communicate(timeout=300)[0]
     assert said == "srun ended with 0\n"
 
 
@@ -59,7 +62,7 @@ def test_ranks_that_just_ended_are_no_reason(job: tuple[Path, dict[str, str]]) -
     script = start(job, patience=60, seconds=2.5)
     time.sleep(1)
     (job[0] / "ranks").unlink()
-    assert script.communicate(timeout=30)[0] == "srun ended with 0\n"
+    assert script.communicate(timeout=300)[0] == "srun ended with 0\n"
 
 
 def test_slurm_that_can_not_say_is_no_reason(job: tuple[Path, dict[str, str]]) -> None:
@@ -69,7 +72,7 @@ def test_slurm_that_can_not_say_is_no_reason(job: tuple[Path, dict[str, str]]) -
     script = start(job, patience=0.1, seconds=2.5)
     time.sleep(1)
     (job[0] / "ranks").unlink()
-    assert script.communicate(timeout=30)[0] == "srun ended with 0\n"
+    assert script.communicate(timeout=300)[0] == "srun ended with 0\n"
 
 
 def test_guard_outside_a_job_says_so(tmp_path: Path) -> None:

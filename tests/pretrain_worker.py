@@ -3,7 +3,7 @@
 KILL=step:S          rank KILL_RANK dies after the update of step S, before anything of it is recorded
 KILL=write:N         ... instead of the N-th durable write of a checkpoint (state, meta.json, complete)
 KILL=torn:N          ... in the middle of the N-th one
-KILL=beside:N        ... in the middle of the N-th one, once training is STEPS_BESIDE steps further
+KILL=beside:N        ... in the middle of the N-th one, once training is STEPS_BESIDE steps past that checkpoint's
 KILL=full:N          nobody dies; KILL_RANK finds the disk full at the N-th one
 KILL=rename          ... before a written checkpoint gets its name
 KILL=export          ... before the export
@@ -152,8 +152,8 @@ def dying(write):
             if what != "write":
                 write(path, content)
                 os.truncate(path, path.stat().st_size // 2)
-            last = steps + STEPS_BESIDE
-            while what == "beside" and steps < last:
+            # Past the step that is saved, not the one reached by now: the next save would wait for this write.
+            while what == "beside" and steps < int(path.parent.stem.removeprefix("step-")) + STEPS_BESIDE:
                 time.sleep(0.01)
             die()
         return write(path, content)

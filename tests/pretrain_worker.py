@@ -21,7 +21,7 @@ KILL=loop:S          nobody dies; after step S KILL_RANK runs in an endless loop
 KILL=hold:S          nobody dies; ... is in a call that holds Python's lock and does not return
 KILL=stop:S          nobody dies; ... is stopped by SIGSTOP
 KILL_RANK=all        means every rank
-HANG_SECONDS=S       a run is hung after S seconds without progress
+HANG_SECONDS=S       a run is hung after S seconds without progress; its ranks have a third of that to answer
 
 For stuck to pause: a process that is where it is wanted says so by making the file that MARK names.
 """
@@ -168,6 +168,7 @@ if mine and what in ("loop", "hold", "stop"):
     pretrain.stop_if_skipped = standing_still
 if "HANG_SECONDS" in os.environ:
     hang.SHARE = float(os.environ["HANG_SECONDS"]) / 60 / Engine().timeout_minutes
+    hang.ANSWERS = 3
 if what == "slow":
     pretrain.stop_if_skipped = slowly
 if mine and what in ("nan", "inf"):

@@ -103,6 +103,7 @@ import sys, time
 from pathlib import Path
 from msm_dist.engine import hang
 from msm_dist.engine.world import join_world, leave_world
+hang.ANSWERS = 0.01  # a minute for what takes a moment
 progress, folder = hang.Progress(), Path(sys.argv[1])
 world = join_world(1)
 with hang.watching(progress, world, float(sys.argv[2]) / 60 / hang.SHARE) as watch:
@@ -114,14 +115,14 @@ print("left")
 """
 
 
-def alone(folder: Path, action: str, seconds: float = 2.0, before: str = "") -> subprocess.CompletedProcess:
+def alone(folder: Path, action: str, seconds: float, before: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", ALONE.format(action=action, before=before), str(folder), str(seconds)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def test_process_that_stands_still_alone_ends_too(tmp_path):
-    done = alone(tmp_path / "hang", "time.sleep(1000)")
+    done = alone(tmp_path / "hang", "time.sleep(1000)", seconds=10.0)
     assert done.returncode == 4, done.stderr
     assert "Held up by rank 0 (" in done.stderr
     assert "at step 3 (forward)." in done.stderr
@@ -136,7 +137,7 @@ SLOWLY_WRITTEN = """write = hang.write_stacks
 
 
 def test_what_there_is_to_tell_before_there_is_a_folder_goes_to_stderr(tmp_path):
-    done = alone(tmp_path / "hang", "pass", seconds=16.0, before=f"{SLOWLY_WRITTEN}time.sleep(1000); ")
+    done = alone(tmp_path / "hang", "pass", seconds=2.0, before=f"{SLOWLY_WRITTEN}time.sleep(1000); ")
     assert done.returncode == 4, done.stderr
     assert "Held up by rank 0 (" in done.stderr
     assert "at step 0 (start)." in done.stderr
@@ -158,5 +159,5 @@ def test_block_that_ends_in_time_leaves_nothing(tmp_path):
 
 def test_folder_that_can_not_be_written_is_an_error_with_its_name(tmp_path):
     (tmp_path / "hang").write_text("")
-    done = alone(tmp_path / "hang", "pass")
+    done = alone(tmp_path / "hang", "pass", seconds=300)
     assert "rank-00000.txt: can't be written" in done.stderr

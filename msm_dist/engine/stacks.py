@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STACKS_SIGNAL = signal.SIGRTMIN + 1
-WORKERS_SECONDS = 1.0
+WORKERS_SECONDS = 2.0
+QUIET_SECONDS = 0.1
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/", "msm_dist/engine/world.py")
 STATES = {
     "D": "in the kernel, most likely in a read or write",
@@ -51,10 +52,11 @@ def write_stacks(file: int, head: str, answers: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, STACKS_SIGNAL)
         deadline = time.monotonic() + WORKERS_SECONDS / max(1, len(workers))
-        while (size := os.fstat(answers).st_size) == before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.01)  # for the rest of its lines
-        size = os.fstat(answers).st_size
+        size = last = before
+        # It writes line by line, and nothing tells the last one but that no other follows.
+        while (size == before or size != last) and time.monotonic() < deadline:
+            time.sleep(QUIET_SECONDS)
+            last, size = size, os.fstat(answers).st_size
         os.write(file, f"\nworker {worker}, {state_of(worker)}\n".encode())
         os.write(file, os.pread(answers, size - before, before) or b"  told nothing\n")
     os.write(file, b"\n")

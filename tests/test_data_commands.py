@@ -15,6 +15,7 @@ from msm_dist.data.commands import app
 from msm_dist.data.index import load_index
 from msm_dist.errors import ConfigError, DataError
 from tests.audio_files import bad_files, encode, noise, write_audio
+from tests.chaos.faulty import RENAME, Faulty, Where
 from tests.shards import damage_clip
 from tests.test_shards import write_tar
 
@@ -192,8 +193,13 @@ def test_an_interrupted_pack_says_that_the_same_command_continues(tmp_path):
     whole = run("pack", tmp_path / "audio", tmp_path / "whole", "--shard-clips", 1, "--workers", 1)
     command = [sys.executable, "-m", "msm_dist", "data", "pack", tmp_path / "audio", tmp_path / "out"]
     command += ["--shard-clips", "1", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((tmp_path / "out").glob("*.tar")):
+    faulty = Faulty(tmp_path)
+    # Where both workers wait, neither is in its start any more, where Python would tell of the interrupt.
+    hold = faulty.pause(Where(RENAME, f"{tmp_path}/out/.pack/*.json.*", passed=1))
+    process = subprocess.Popen(
+        command, env=os.environ | faulty.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not hold.is_reached(2):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)

@@ -27,6 +27,7 @@ from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.features import CODE_LOW
 from tests.audio_files import bad_files, encode, noise, write_audio
+from tests.chaos.faulty import RENAME, Faulty, Where
 
 SETTINGS = PackSettings(shard_clips=8, seed=1)
 
@@ -522,16 +523,23 @@ def test_killed_pack_continues_to_the_same_bytes_and_leaves_no_process(source, t
     pack(source, tmp_path / "undisturbed", settings)
     out = tmp_path / "out"
     arguments = ["data", "pack", source, out, "--shard-clips", "4", "--seed", "1", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "msm_dist", *map(str, arguments)], stderr=subprocess.DEVNULL)
+    faulty = Faulty(tmp_path)
+    # Each worker waits before a record gets its name, but for the first one to come there.
+    hold = faulty.pause(Where(RENAME, f"{out}/.pack/*.json.*", passed=1))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "msm_dist", *map(str, arguments)],
+        env=os.environ | faulty.environment,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        while not list((out / ".pack").glob("*.json")):
+        while not (hold.is_reached(2) and list((out / ".pack").glob("*.json"))):
             assert process.poll() is None
             time.sleep(0.005)
         started = descendants(process.pid)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while any(map(is_running, started)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(started) >= 3

@@ -19,6 +19,7 @@ from msm_dist.data.index import load_index, members
 from msm_dist.data.pack import PackSettings, pack
 from msm_dist.errors import ConfigError, DataError
 from tests.audio_files import bad_files, encode, flac_claiming, noise, write_audio
+from tests.chaos.faulty import RENAME, Faulty, Where
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'msm-dist[parquet]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'msm-dist[parquet]'")
@@ -271,9 +272,13 @@ def test_killed_pack_continues_to_the_same_bytes(tmp_path):
     pack(tmp_path / "source", tmp_path / "undisturbed", settings)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "msm_dist", "data", "pack", str(tmp_path / "source"), str(out)]
-    process = subprocess.Popen([*command, "--shard-clips", "4", "--seed", "1", "--workers", "1"])
+    faulty = Faulty(tmp_path)
+    hold = faulty.pause(Where(RENAME, f"{out}/.pack/*.json.*", passed=1))
+    process = subprocess.Popen(
+        [*command, "--shard-clips", "4", "--seed", "1", "--workers", "1"], env=os.environ | faulty.environment
+    )
     try:
-        while not list((out / ".pack").glob("*.json")):
+        while not hold.is_reached():
             assert process.poll() is None
             time.sleep(0.005)
     finally:

@@ -147,14 +147,15 @@ def test_workers_make_the_same_bytes(audio, stored, tmp_path):
 def test_a_killed_call_is_continued_without_making_shards_anew(audio, stored, tmp_path):
     out = tmp_path / "logmel"
     script = (
-        "import sys, time; from pathlib import Path; from msm_dist.config import Features\n"
+        "import itertools, sys, time; from pathlib import Path; from msm_dist.config import Features\n"
         "from msm_dist.data import repack\n"
-        "make = repack.clip_codes\n"
-        "repack.clip_codes = lambda *a: (time.sleep(0.05), make(*a))[1]\n"
+        "make, calls = repack.clip_codes, itertools.count()\n"
+        # Without end in the second shard of 14 clips.
+        "repack.clip_codes = lambda *a: make(*a) if next(calls) < 20 else time.sleep(600)\n"
         "repack.repack(Path(sys.argv[1]), Path(sys.argv[2]), Features())\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(audio), str(out)], cwd=HERE.parent)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 500
     while not list(out.glob(".pack/*.json")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

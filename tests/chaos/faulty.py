@@ -56,9 +56,9 @@ class Hold:
     def __init__(self, rule: _Rule) -> None:
         self._rule = rule
 
-    def is_reached(self) -> bool:
-        """Whether one waits."""
-        return self._rule.hits > self._rule.passed
+    def is_reached(self, processes: int = 1) -> bool:
+        """Whether so many wait."""
+        return self._rule.hits >= self._rule.passed + processes
 
     def let_go(self) -> None:
         """Let them go on."""

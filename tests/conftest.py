@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.cluster import lab as cluster
 from tests.cluster.lab import lab  # noqa: F401 - a fixture
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
 # A slow machine is no defect: no test of ours fails for taking long.
-settings.register_profile("msm_dist", deadline=None)
+settings.register_profile("msm_dist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("msm_dist")
 
 

@@ -24,7 +24,7 @@ from tests.shards import noise_clips, write_corpus
 from tests.test_pretrain import Runs
 
 ACCESS = Access(timeout=20.0, retries=0, connections=4, allow_pipe=True)
-STALLING = ACCESS._replace(timeout=0.5)
+STALLING = ACCESS._replace(timeout=3.0)  # so much longer than a shell takes to start, also on a busy machine
 FRAMES = 32
 
 
@@ -48,7 +48,7 @@ def script(folder: Path, text: str) -> str:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -167,9 +167,9 @@ def test_a_command_that_is_not_there_is_told_at_once():
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("printf 123; sleep 600", "no byte for 0.5 s"),
-        ("printf 0123456789; exec >&-; sleep 600", "its output ended, but the command did not for 0.5 s"),
-        ("while sleep 0.1; do printf 1; done", r"only \d+ bytes in 1\.\d+ s"),
+        ("printf 123; sleep 600", "no byte for 3 s"),
+        ("printf 0123456789; exec >&-; sleep 600", "its output ended, but the command did not for 3 s"),
+        ("while sleep 0.1; do printf 1; done", r"only \d+ bytes in [6-8]\.\d+ s"),
     ],
 )
 def test_a_command_that_stalls_or_trickles_ends_with_all_it_started(tmp_path, lines, said):

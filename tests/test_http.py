@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from msm_dist.config import BatchLayout, Data
-from msm_dist.data import remote
+from msm_dist.data import http_deadline, remote
 from msm_dist.data.crops import CropReader, Source
 from msm_dist.data.index import check_shards, load_index, members, tables
 from msm_dist.data.plan import make_plan
@@ -25,6 +26,7 @@ from tests.shards import noise_clips, write_corpus
 from tests.test_crops import FEATURES, FRAMES
 
 QUICK = Access(timeout=0.4, retries=3, connections=4)  # for faults that last as long as they are borne with
+STALLING = Access(timeout=1.5, retries=0, connections=4)  # where it is told apart what did not come in time
 PATIENT = Access(timeout=4.0, retries=3, connections=4)
 SLOW = ("stall", "stall-body", "trickle", "slow-headers", "continue", "slow-chunk")
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -96,6 +98,11 @@ def test_a_fault_that_stays_is_one_message_with_what_how_often_and_how_to_go_on(
         r"by the same command \(a training run continues from its last checkpoint\)$",
         str(error.value),
     )
+    # The server may come to a request only when its client has given it up.
+    deadline = time.monotonic() + 60
+    while len(server.log) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert len(server.log) == 4
 
 
@@ -103,12 +110,12 @@ def test_a_fault_that_stays_is_one_message_with_what_how_often_and_how_to_go_on(
     ("fault", "said"),
     [
         ("500", "status 500"),
-        ("stall", "no byte for 0.4 s"),
-        ("stall-body", "no byte for 0.4 s"),
-        ("trickle", r"only \d+ of 1000 bytes in 0.82 s"),
-        ("slow-headers", "no whole answer in 0.8 s"),
-        ("continue", "no whole answer in 0.8 s"),
-        ("slow-chunk", "no whole answer in 0.82 s"),
+        ("stall", "no byte for 1.5 s"),
+        ("stall-body", "no byte for 1.5 s"),
+        ("trickle", r"only \d+ of 1000 bytes in 3.02 s"),
+        ("slow-headers", "no whole answer in 3 s"),
+        ("continue", "no whole answer in 3 s"),
+        ("slow-chunk", "no whole answer in 3.02 s"),
         ("truncate", "the connection ended 500 bytes early"),
         ("short", "500 bytes are announced, 1000 were asked for"),
         ("long", "1001 bytes are announced, 1000 were asked for"),
@@ -119,7 +126,14 @@ def test_a_fault_that_stays_is_one_message_with_what_how_often_and_how_to_go_on(
 def test_the_message_says_what_was_wrong(server, fault, said):
     server.faults = lambda request: fault
     with pytest.raises(DataError, match=said):
-        fetched(server, (0, 1_000), access=(QUICK if fault in SLOW else PATIENT)._replace(retries=0))
+        fetched(server, (0, 1_000), access=STALLING if fault in SLOW else PATIENT._replace(retries=0))
+
+
+def test_a_body_that_trickles_is_told_of_also_where_its_read_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(http_deadline, "CHECKS_PER_TIMEOUT", 1000)  # before the next byte
+    server.faults = lambda request: "trickle"
+    with pytest.raises(DataError, match=r"only \d+ of 1000 bytes in 3.02 s"):
+        fetched(server, (0, 1_000), access=STALLING)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +246,14 @@ def test_reads_that_had_not_begun_at_a_fault_never_do(server):
     assert len(server.log) == 2
 
 
-def test_a_server_that_stays_away_is_told_once_while_it_is_waited_for(server, caplog):
+def test_a_server_that_stays_away_is_told_once_while_it_is_waited_for(server, caplog, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 1e-3)
     server.faults = by_turns("500")
     fetched(server, (0, 10), (1_000, 1_010))
     assert not caplog.messages
     server.faults = by_turns(*["503"] * remote.TOLD_AFTER)
     # One at a time, lest two tell it at the same moment.
-    fetched(server, (0, 10), (1_000, 1_010), access=PATIENT._replace(timeout=1.0, retries=9, connections=1))
+    fetched(server, (0, 10), (1_000, 1_010), access=PATIENT._replace(timeout=30.0, retries=9, connections=1))
     assert caplog.messages == [f"{server.url}/a.bin: status 503; trying again, 4 of 9 times by now"]
 
 
@@ -265,8 +280,8 @@ def test_a_signal_ends_a_command_whose_read_stalls(corpus, command, number, stal
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert waiting.wait(60)
         process.send_signal(number)
-        # The read would go on for 30 s.
-        output = process.communicate(timeout=20)[0]
+        # The read would go on for minutes: 30 s, eleven times.
+        output = process.communicate(timeout=120)[0]
     assert "Traceback" not in output
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
 

@@ -167,12 +167,18 @@ class HttpTransport:
             raise Unavailable(f"{said} bytes are announced, {length} were asked for")
         attempt.seconds = attempt_seconds(length, self._timeout)
         content = bytearray()
-        while chunk := answer.read1(CHUNK_BYTES, decode_content=False):
-            content += chunk
-            if len(content) > length:
-                break
-            if attempt.is_late():
-                raise Unavailable(f"only {len(content)} of {length} bytes in {attempt.seconds:g} s")
+        try:
+            while chunk := answer.read1(CHUNK_BYTES, decode_content=False):
+                content += chunk
+                if len(content) > length:
+                    break
+                if attempt.is_late():
+                    raise Unavailable(f"only {len(content)} of {length} bytes in {attempt.seconds:g} s")
+        except (exceptions.HTTPError, OSError):
+            # Whoever looked first at the time: the watcher, which cuts the read off, is to say the same.
+            if content and attempt.is_over:
+                raise Unavailable(f"only {len(content)} of {length} bytes in {attempt.seconds:g} s") from None
+            raise
         if len(content) != length:
             raise Unavailable(f"{len(content)} bytes came, {length} were asked for")
         return bytes(content)

@@ -97,7 +97,7 @@ study: ready data/quickstart/train/index.json data/quickstart/valid/index.json d
 	$(PY) -m msm_dist study gather runs/study --out runs/study/results
 
 test: ready ## run all the tests that this machine can run
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # make test takes a few cells of this matrix, and of fine-tuning's. The table of docs/engine.md: python -m tests.engine_matrix
 test-engine: ready ## every ZeRO stage, precision and offload against plain AdamW and read by another one

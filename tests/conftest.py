@@ -41,7 +41,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine can't run, and remember it for the summary."""
+    """Leave out what this machine can't run, and remember it for the summary; the rest in an order that ends early."""
     left_out: dict[str, list[str]] = defaultdict(list)
     for mark, lack in (("gpu", _no_gpu), ("slurm", cluster.lacks), ("hear", _no_hear_tools)):
         marked = [item for item in items if item.get_closest_marker(mark)]
@@ -50,6 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in marked]
             config.hook.pytest_deselected(items=marked)
     config.stash[LEFT_OUT] = dict(left_out)
+    # Files that start ranks take minutes: at the end of `-n` nobody is to wait for the last of them.
+    with_ranks = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in with_ranks)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

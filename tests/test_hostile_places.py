@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from msm_dist import settings
-from msm_dist.config import load_config
+from msm_dist.config import Features, load_config
+from msm_dist.data.audio import BadClip
 from msm_dist.data.clips import quiet
 from msm_dist.data.index import Index, load_index, members
 from msm_dist.data.inspect import inspect_clip
@@ -22,6 +23,8 @@ from msm_dist.doctor.shards import examine_shards
 from msm_dist.errors import ConfigError, DataError
 from msm_dist.evaluate.classifier import Tagger
 from msm_dist.evaluate.hear_folder import read_hear_folder
+from msm_dist.evaluate.inputs import entries, find_inputs
+from msm_dist.evaluate.recordings import read_audio
 from msm_dist.files import open_regular, read_small
 from msm_dist.model import weights
 from msm_dist.traces import traces
@@ -143,6 +146,26 @@ def test_task_that_is_no_file_is_refused(bounded, tmp_path, place, name):
     said = put(place, folder / name)
     told = bounded.refused(read_hear_folder, folder, 16000, extra=2 * FEW)
     assert f"{folder / name}: can't be read ({said}" in told
+
+
+@pytest.mark.parametrize("place", ["device", "pipe"])
+def test_audio_that_is_no_file_is_refused(bounded, tmp_path, place):
+    path = tmp_path / "clip.wav"
+    path.touch()
+    said = put(place, path)
+    assert f"{path}: can't be read as audio: {said}; replace it" in bounded.refused(read_audio, path, extra=2 * FEW)
+    told = bounded.done(embedded, tmp_path, extra=2 * FEW)
+    assert f"{path}: unreadable ({said})" in told
+
+
+def embedded(folder: Path) -> list[str]:
+    told = []
+    for entry in entries(find_inputs([str(folder)], Features()), Features(), 16):
+        try:
+            entry.load()
+        except BadClip as error:
+            told.append(f"{entry.key}: {error}")
+    return told
 
 
 @places

@@ -30,6 +30,7 @@ from msm_dist.evaluate.recordings import unreadable
 from msm_dist.evaluate.scores import SCORES, check_scores
 from msm_dist.evaluate.tasks import TaskClip, clip_waveform
 from msm_dist.feed import GivenUp
+from msm_dist.files import open_regular
 
 CHECKED_AT_ONCE = 32
 
@@ -181,7 +182,7 @@ class _Checks(IterableDataset):
 
 def _read_header(clip: TaskClip) -> None:
     try:
-        with open(clip.path, "rb") as file:
+        with open_regular(clip.path) as file:
             media.probe(file)
     except (BadClip, OSError) as error:
         raise unreadable(clip.path, error) from None

@@ -25,6 +25,7 @@ from msm_dist.data.storage import Span, is_remote, open_store, split
 from msm_dist.errors import DataError
 from msm_dist.evaluate.chunks import Stored, stored_clip
 from msm_dist.evaluate.recordings import encoded_blocks, read_encoded
+from msm_dist.files import open_regular
 
 LONG_SECONDS = 60
 """A longer recording is never held whole."""
@@ -131,7 +132,7 @@ def _blocks_of_file(path: str, sample_rate: int) -> Iterator[np.ndarray]:
 @contextmanager
 def _opened(path: str) -> Iterator[media.Encoded]:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             yield media.whole_if_small(file)
     except OSError as error:
         raise BadClip("unreadable", error.strerror or str(error)) from None

@@ -15,6 +15,7 @@ import numpy as np
 from msm_dist.data import media
 from msm_dist.data.audio import FULL_SCALE, MAX_RATE, MIN_RATE, BadClip, resample_blocks
 from msm_dist.errors import DataError
+from msm_dist.files import open_regular
 
 
 def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
@@ -25,7 +26,7 @@ def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.nda
     """
     sample_rate = None if sample_rate is None else checked_rate(sample_rate)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return read_encoded(media.whole_if_small(file), sample_rate)
     except (BadClip, OSError) as error:
         raise unreadable(path, error) from None
@@ -39,7 +40,7 @@ def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
     """
     sample_rate = checked_rate(sample_rate)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             yield from encoded_blocks(media.whole_if_small(file), sample_rate)
     except (BadClip, OSError) as error:
         raise unreadable(path, error) from None

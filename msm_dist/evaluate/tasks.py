@@ -22,6 +22,7 @@ from msm_dist.errors import DataError
 from msm_dist.evaluate.hear_folder import METADATA_NAME, read_hear_folder
 from msm_dist.evaluate.recipes import RECIPES, Row, read_csv, recipe_rows
 from msm_dist.evaluate.recordings import read_audio, read_encoded, unreadable
+from msm_dist.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def clip_waveform(clip: TaskClip, sample_rate: int) -> np.ndarray:
         return read_audio(clip.path, sample_rate)[0]
     offset, size = clip.member
     try:
-        with open(clip.path, "rb") as file:
+        with open_regular(clip.path) as file:
             file.seek(offset)
             return read_encoded(file.read(size), sample_rate)[0]
     except (BadClip, OSError) as error:

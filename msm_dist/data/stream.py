@@ -44,6 +44,9 @@ WORKER_IGNORES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM,
 PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 5.0
 LATE_SECONDS = 1.0
+ORPHAN_SECONDS = 5.0
+"""In which a worker is ended whose training process was: between that one's files and its children a machine that swaps
+can be seconds."""
 LATE = "DataLoader timed out"  # how DataLoader's RuntimeError begins; the batch can be asked for again
 
 log = logging.getLogger(__name__)
@@ -289,7 +292,7 @@ def _start_worker(parent: int, worker: int) -> None:
 def _tell_unless_ending(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Of a thread that hands over shared memory: a killed training process closes its end before the kernel ends us."""
     if issubclass(kind, (ConnectionError, EOFError)):
-        time.sleep(1)
+        time.sleep(ORPHAN_SECONDS)
     sys.__excepthook__(kind, error, trace)
 
 

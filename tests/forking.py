@@ -41,7 +41,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self) -> tuple[str, None]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while self.poll() is None:
             assert time.monotonic() < deadline, f"process {self.pid} does not end"
             time.sleep(0.01)

@@ -65,7 +65,7 @@ def start_ranks(command: Sequence[str], size: int, **options: object) -> list[su
     ]
 
 
-def run_ranks(command: Sequence[str], size: int, timeout: float = 180) -> list[str]:
+def run_ranks(command: Sequence[str], size: int, timeout: float = 600) -> list[str]:
     """Run all ranks to the end; their outputs. Fails with the output of a rank that fails."""
     processes = start_ranks(command, size)
     try:

@@ -80,7 +80,7 @@ def start_program(faulty: Faulty, text: str, *arguments: str) -> subprocess.Pope
 
 
 def printed(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 0
     return output.strip()
 

@@ -237,7 +237,7 @@ class Gate:
 
         def held_up(path, tensors):
             self.events.append(f"begin {path.parent.name}")
-            assert self.opened.wait(60)
+            assert self.opened.wait(600)
             entry = write_state(path, tensors)
             self.events.append(f"end {path.parent.name}")
             return entry

@@ -11,7 +11,7 @@ from tests.processes import HERE
 
 def msm_dist(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "msm_dist", *arguments], capture_output=True, text=True, cwd=HERE.parent, timeout=120
+        [sys.executable, "-m", "msm_dist", *arguments], capture_output=True, text=True, cwd=HERE.parent, timeout=600
     )
 
 

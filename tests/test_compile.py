@@ -92,7 +92,7 @@ def pretrain(folder, *settings, code="", **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
 
 

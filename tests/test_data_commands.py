@@ -203,7 +203,7 @@ def test_an_interrupted_pack_says_that_the_same_command_continues(tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert errors == "msm-dist: stopped; the same command continues\n"
     assert not (tmp_path / "out" / "index.json").exists()

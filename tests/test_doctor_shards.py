@@ -113,7 +113,7 @@ def test_missing_and_cut_shards_are_named(corpus, quick):
 def shell(command: str) -> subprocess.CompletedProcess:
     """What a user gets who copies it into a terminal."""
     ours = f'msm-dist() {{ {shlex.quote(sys.executable)} -m msm_dist "$@"; }}'
-    return subprocess.run(["bash", "-c", f"{ours}\n{command}"], capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", "-c", f"{ours}\n{command}"], capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_for_cut_shards_gives_an_index_of_the_others(packed, tmp_path):

@@ -105,7 +105,7 @@ class Runs:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     def lines(self, name: str, file: str = "metrics.jsonl") -> list[dict]:

@@ -60,7 +60,7 @@ def test_the_page_s_loop_leaves_nothing_half_made_and_goes_on_where_it_ended(tmp
     script = textwrap.dedent(re.search(r"(?m)^    cd /data/hear/tasks\n((?:    .*\n)+)", TEXT)[1])
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     for made in (places[:-1], places):
-        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=60)
+        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=600)
         found = {path: path.read_text() for path in tmp_path.rglob("16000/*/*.wav")}
         assert found == {tmp_path / place.format(16000): f"samples of {place}" for place in made}
         bad.unlink(missing_ok=True)

@@ -211,7 +211,7 @@ def test_no_server_at_all_is_one_message(server):
 def until_reads_have_ended():
     for thread in threading.enumerate():
         if thread.name == remote.THREAD_NAME:
-            thread.join(60)
+            thread.join(600)
             assert not thread.is_alive()
 
 
@@ -230,15 +230,15 @@ def test_reads_that_had_not_begun_at_a_fault_never_do(server):
 
     def faults(request):
         if request.start == 0:
-            assert second.wait(60)
+            assert second.wait(600)
             return "gone"
         second.set()
         # Its thread is free for more only when the fault is out.
-        told.wait(60)
+        told.wait(600)
         return None
 
     server.faults = faults
-    store = open_store(server.url, PATIENT._replace(timeout=60.0, connections=2))
+    store = open_store(server.url, PATIENT._replace(timeout=600.0, connections=2))
     with pytest.raises(DataError, match="no longer there"):
         store.fetch(spans_of(server, *((start * 1000, start * 1000 + 10) for start in range(100))))
     told.set()
@@ -278,7 +278,7 @@ def test_a_signal_ends_a_command_whose_read_stalls(corpus, command, number, stal
     corpus.faults = faults
     command = [sys.executable, "-m", "msm_dist", "data", command, f"{corpus.url}/corpus"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert waiting.wait(60)
+        assert waiting.wait(600)
         process.send_signal(number)
         # The read would go on for minutes: 30 s, eleven times.
         output = process.communicate(timeout=120)[0]

@@ -280,7 +280,7 @@ class Runs:
             for rank, place in enumerate(folders)
         ]
         try:
-            outputs = [process.communicate(timeout=120)[0] for process in processes]
+            outputs = [process.communicate(timeout=600)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -88,7 +88,7 @@ def test_run_whose_reader_is_gone_stops_saved(tmp_path: Path):
     else:
         pytest.fail("".join(seen))
     process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(600) == 128 + signal.SIGTERM
     newest = runs.checkpoints("unread")[-1]
     assert is_complete(runs.folder / "unread" / "checkpoints" / newest)
     assert int(newest.removeprefix("step-")) == runs.metrics("unread")[-1]["step"]
@@ -108,11 +108,12 @@ def test_start_that_a_host_is_missing_from_ends_with_its_command(tmp_path: Path)
             stderr=subprocess.STDOUT,
             cwd=HERE.parent,
         )
-    wait_for(lambda: _is_listening(port), [command])
-    started = re.search(r"process (\d+) spawned", log.read_text())[1]
+    spawned = re.compile(r"process (\d+) spawned")
+    wait_for(lambda: _is_listening(port) and spawned.search(log.read_text()), [command])
+    started = spawned.search(log.read_text())[1]
     command.kill()
     command.wait()
-    wait_for(lambda: _has_ended(started), [], timeout=30)
+    wait_for(lambda: _has_ended(started), [])
 
 
 def _is_listening(port: int) -> bool:

@@ -280,17 +280,17 @@ class TensorBoardServer:
 
     def __exit__(self, *error):
         self.process.terminate()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=300)
 
     def get(self, page):
-        with urllib.request.urlopen(f"{self.url}/data/plugin/{page}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/data/plugin/{page}", timeout=300) as answer:
             return json.load(answer)
 
     def wait_for(self, page, wanted):
         return self._until(lambda: (tags := self.get(page)) and wanted(tags) and tags)
 
     def _until(self, condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 500
         while not (result := condition()):
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)

@@ -55,7 +55,7 @@ class Rank:
     def gather(self, value):
         self.table[self.rank] = value
         self.turn.release()
-        self.barrier.wait(60)
+        self.barrier.wait(600)
         self.turn.acquire()
         return [self.table[rank] for rank in range(self.size)]
 

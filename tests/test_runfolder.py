@@ -198,7 +198,7 @@ def test_owner_that_was_taken_for_dead_leaves_the_new_lock_alone_and_stops(tmp_p
     monkeypatch.setattr(runfolder.os, "_exit", lambda code: stopped.set())
     with runfolder.locked(tmp_path):
         (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-        assert stopped.wait(5)
+        assert stopped.wait(300)
         with pytest.raises(CheckpointError, match="taken over by process 1 on elsewhere"):
             runfolder.refuse_if_taken(tmp_path)
     assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"

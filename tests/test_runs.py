@@ -99,7 +99,7 @@ def test_a_finished_run_shows_its_last_numbers(tmp_path: Path) -> None:
     run = only_run(tmp_path / "runs")
     assert (run.run, run.state, run.step, run.total_steps) == ("a", "finished", 100, 100)
     assert (run.loss, run.valid_loss, run.clips_per_second) == (0.25, 0.75, 20.0)
-    assert run.age_seconds == pytest.approx(60.0, abs=10.0)
+    assert 60.0 - 1.0 <= run.age_seconds < 660.0
 
 
 def test_a_run_asked_for_more_steps_is_no_longer_finished(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_every_rank_makes_as_many_forward_passes(index):
     alone = open_validation(cfg, index)
     expected = alone.loss(forward_of(cfg)) | alone.references(forward_of(cfg))
     for size in (2, 12):
-        barrier, table = threading.Barrier(size, timeout=60), {}
+        barrier, table = threading.Barrier(size, timeout=600), {}
         worlds = [FakeWorld(rank, size, barrier, table) for rank in range(size)]
         parts = [open_validation(cfg, index, world) for world in worlds]
         forwards = [Counting(forward_of(cfg)) for _ in parts]

@@ -20,6 +20,7 @@ from msm_dist.errors import ConfigError
 from msm_dist.launch import slurm_executor, slurm_text, visible_gpus
 from msm_dist.site import Container, Site
 from msm_dist.submission import hidden, keep, notes, of_other_jobs, send
+from tests.chaos.faulty import WRITE, Faulty, Where
 from tests.processes import HERE
 from tests.test_pretrain import Runs, wait_for
 
@@ -40,7 +41,7 @@ def runs(tmp_path_factory):
 
 
 def submit(runs: Runs, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(runs, name, *words), env=environment_of(environment), **OPTIONS, timeout=240)
+    return subprocess.run(command(runs, name, *words), env=environment_of(environment), **OPTIONS, timeout=600)
 
 
 def command(runs: Runs, name: str, *words: str) -> list[str]:
@@ -484,14 +485,21 @@ def test_debug_runs_in_this_process_and_a_finished_run_says_so(runs):
 LONG = ["train.steps=40", "train.valid_every=40", "checkpoint.every=1000"]
 
 
+# None of these ends before it is ended.
+ENDLESS = ["train.steps=100000", "train.valid_every=100000", "checkpoint.every=100000"]
+
+
 @pytest.mark.distributed
-def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_was_not(runs):
+def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_was_not(runs, tmp_path):
     codes, output = runs.run("undisturbed", *LONG)
     assert codes == [0, 0], output
-    job = start(runs, "preempted", *LONG, MASTER_PORT="1")
-    reach(runs, "preempted", job, 3)
+    faulty = Faulty(tmp_path)
+    hold = faulty.pause(Where(WRITE, f"{runs.folder}/preempted/metrics.jsonl", '{"step": 4, "loss"'))
+    job = start(runs, "preempted", *LONG, MASTER_PORT="1", **faulty.environment)
+    wait_for(hold.is_reached, [job])
     os.kill(rank_pids(runs, "preempted")[1], signal.SIGUSR2)
-    output = job.communicate(timeout=240)[0]
+    hold.let_go()
+    output = job.communicate(timeout=600)[0]
     assert job.returncode == 0, output
     saved = [line.split()[5] for line in output.splitlines() if line.startswith("stopped and saved at step")]
     assert len(saved) == 1
@@ -505,27 +513,27 @@ def test_local_job_that_was_preempted_goes_on_at_the_step_and_ends_as_one_that_w
 
 @pytest.mark.distributed
 def test_local_job_that_is_stopped_saves_and_the_same_command_continues(runs):
-    job = start(runs, "stopped", *LONG)
+    job = start(runs, "stopped", *ENDLESS)
     reach(runs, "stopped", job, 3)
-    again = submit(runs, "stopped", *LONG, "--cluster", "local", "--tasks-per-node", "2")
+    again = submit(runs, "stopped", *ENDLESS, "--cluster", "local", "--tasks-per-node", "2")
     assert again.returncode == 2, again.stdout
     assert "on this machine runs it; wait for its end" in again.stdout
     job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=240)[0]
+    output = job.communicate(timeout=600)[0]
     assert job.returncode == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     end = int(re.search(r"stopped and saved at step (\d+)", output)[1]) + 5
-    again = submit(runs, "stopped", *LONG, f"train.steps={end}", f"train.valid_every={end}", "--cluster", "local")
+    again = submit(runs, "stopped", *ENDLESS, f"train.steps={end}", f"train.valid_every={end}", "--cluster", "local")
     assert again.returncode == 0, again.stdout
     assert "continued from" in again.stdout
 
 
 @pytest.mark.distributed
 def test_local_job_whose_output_nobody_reads_any_more_saves_and_stops(runs):
-    job = start(runs, "unread", *LONG)
+    job = start(runs, "unread", *ENDLESS)
     reach(runs, "unread", job, 3)
     job.stdout.close()
-    assert job.wait(timeout=240) == 128 + signal.SIGTERM
+    assert job.wait(timeout=600) == 128 + signal.SIGTERM
     logs = "".join(path.read_text() for path in (runs.folder / "unread" / "submission").glob("*_log.out"))
     assert "stopped and saved at step" in logs
     assert "Traceback" not in logs
@@ -533,10 +541,10 @@ def test_local_job_whose_output_nobody_reads_any_more_saves_and_stops(runs):
 
 @pytest.mark.distributed
 def test_lost_rank_of_a_local_job_ends_it_with_a_failure(runs):
-    job = start(runs, "lost", *LONG)
+    job = start(runs, "lost", *ENDLESS)
     reach(runs, "lost", job, 3)
     os.kill(rank_pids(runs, "lost")[1], signal.SIGKILL)
-    output = job.communicate(timeout=240)[0]
+    output = job.communicate(timeout=600)[0]
     assert job.returncode == 1, output
     assert "another process of the run ended" in output
 
@@ -548,7 +556,7 @@ def start(runs: Runs, name: str, *words: str, **environment: str) -> subprocess.
 
 def reach(runs: Runs, name: str, job: subprocess.Popen, steps: int) -> None:
     metrics = runs.folder / name / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= steps, [job], timeout=200)
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= steps, [job])
 
 
 def rank_pids(runs: Runs, name: str) -> list[int]:

@@ -118,7 +118,7 @@ def train(folder, world, stage, checkpointing, gathered):
 
 def main():
     folder = Path(sys.argv[1])
-    world = join_world(2)
+    world = join_world(10)
     gathered = counting_gathers()
     results = {}
     for stage in range(4):

@@ -124,7 +124,7 @@ def resumed(folder, world, stage):
 
 
 def main(folder, phase):
-    world = join_world(5)
+    world = join_world(10)
     if phase == "start":
         results = {stage: started(folder, world, stage) for stage in PRECISIONS}
     else:

@@ -272,7 +272,7 @@ PHASES = {"train": train, "move": move, "defaults": defaults, "deep": deep, "unr
 def main():
     folder, phase = Path(sys.argv[1]), sys.argv[2]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    world = join_world(2)
+    world = join_world(10)
     work = json.loads((folder / f"{phase}-{world.size}.json").read_text())
     with fp16_on_cpu() if world.device.type == "cpu" else contextlib.nullcontext():
         results = [PHASES[phase](world, folder, *args) for args in work]

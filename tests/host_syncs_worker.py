@@ -146,7 +146,7 @@ def main():
     # As pretrain.main does; hundreds of them would fill the pipe to the test.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config, stage_3 = folder / "run.yaml", folder / "zero3.json"
-    world = join_world(2)
+    world = join_world(10)
     if world.is_main:
         config.write_text(yaml.safe_dump(SETTINGS))
         stage_3.write_text(json.dumps({"zero_optimization": STAGE_3}))

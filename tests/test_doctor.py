@@ -124,7 +124,7 @@ def test_several_processes_start_where_nothing_can_be_compiled(tmp_path) -> None
     script = tmp_path / "start.py"
     script.write_text(
         "from msm_dist.engine.world import join_world, leave_world\n"
-        "world = join_world(timeout_minutes=1)\n"
+        "world = join_world(timeout_minutes=10)\n"
         "total = world.sum([1.0])\n"
         "print('ranks together:', total) if world.is_main else None\n"
         "leave_world()\n"

@@ -18,7 +18,7 @@ STEPS, LR, MICRO = 3, 1e-3, 2
 
 
 def main(folder: Path) -> None:
-    world = join_world(timeout_minutes=5)
+    world = join_world(timeout_minutes=10)
     model = build("triton", **LONG)
     plain = copy.deepcopy(model)
     config = {

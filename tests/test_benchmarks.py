@@ -103,7 +103,7 @@ def test_wrong_op_of_the_masking_path_is_refused_and_nothing_timed(op, monkeypat
     monkeypatch.setattr(masking, "SHAPES", (TINY,))
     monkeypatch.setattr(attention, "SHAPES", ())
     monkeypatch.setattr(kernels, "measure_ceilings", lambda: pytest.fail("timed although wrong"))
-    assert kernels.compare(Budget(1), tmp_path, CPU, torch.float32) == 1
+    assert kernels.compare(Budget(60), tmp_path, CPU, torch.float32) == 1
     said = capsys.readouterr().out
     assert said.count("WRONG") == 1
     names = {"random_masking": "mask", "select_masked_tokens": "select", "masked_patch_loss": "loss"}
@@ -133,7 +133,7 @@ def test_whole_comparison_of_kernels_runs_in_the_interpreter(no_clock, monkeypat
     monkeypatch.setattr(attention, "COMPILED", ())
     monkeypatch.setattr(masking, "SHAPES", (TINY,))
     monkeypatch.setattr(masking, "COMPILED", ())
-    assert kernels.compare(Budget(5), tmp_path, CPU, torch.float32) == 0
+    assert kernels.compare(Budget(60), tmp_path, CPU, torch.float32) == 0
     said = capsys.readouterr().out
     content = json.loads(next(tmp_path.iterdir()).read_text())
     rows = {(row["subject"], row["implementation"], row["phase"]): row for row in content["rows"]}
@@ -185,7 +185,7 @@ def test_whole_comparison_of_steps_runs_on_a_cpu(no_clock, monkeypatch, tmp_path
     monkeypatch.setattr(step, "SIZE", "tiny")
     monkeypatch.setattr(step, "SETTINGS", (step.Setting(208, (2, 1), False),))
     monkeypatch.setattr(step, "TURN_SECONDS", 0.01)
-    assert step.compare(Budget(5), tmp_path, CPU) == 0
+    assert step.compare(Budget(60), tmp_path, CPU) == 0
     content = json.loads(next(tmp_path.iterdir()).read_text())
     assert content["engine"] == "plain AdamW"
     assert [(row["micro_batch"], row["implementation"]) for row in content["rows"]] == [
@@ -548,7 +548,7 @@ def test_tuner_writes_what_was_fastest_of_what_is_right(monkeypatch, tmp_path, c
 
     monkeypatch.setattr(tune, "candidates", and_one_that_does_not_compile)
     try:
-        assert tune.tune(Budget(5), path) == 0
+        assert tune.tune(Budget(60), path) == 0
         table = configurations.table()
     finally:
         configurations.table.cache_clear()

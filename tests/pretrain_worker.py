@@ -23,7 +23,8 @@ KILL=stop:S          nobody dies; ... is stopped by SIGSTOP
 KILL_RANK=all        means every rank
 HANG_SECONDS=S       a run is hung after S seconds without progress; its ranks have a third of that to answer
 
-For stuck to pause: a process that is where it is wanted says so by making the file that MARK names.
+For stuck to pause: a process that is where it is wanted says so by making the file that MARK names. For stuck, a rank
+whose read is late makes MARK.late.
 """
 
 import ctypes
@@ -38,7 +39,7 @@ from pathlib import Path
 from msm_dist import pretrain
 from msm_dist.config import Engine
 from msm_dist.data import crops
-from msm_dist.engine import checkpoint, hang
+from msm_dist.engine import checkpoint, hang, preempt
 from msm_dist.errors import DataError
 
 what, _, number = os.environ.get("KILL", "").partition(":")
@@ -111,8 +112,13 @@ def stuck(reader, numbers, *room):
     return fifo.read_bytes()
 
 
-def mark():
-    Path(os.environ["MARK"]).touch()
+def mark(what=""):
+    Path(os.environ["MARK"] + what).touch()
+
+
+def late(interruption):
+    mark(".late")
+    return heard_anywhere(interruption)
 
 
 def pausing(action):
@@ -192,6 +198,8 @@ if mine and what == "export":
     pretrain.finish = lambda *_: die()
 if (mine and what in ("stuck", "undead")) or what == "lost":
     read_blocks, crops.CropReader.blocks = crops.CropReader.blocks, stuck
+if mine and what == "stuck":
+    heard_anywhere, preempt.Interruption.heard_anywhere = preempt.Interruption.heard_anywhere, late
 if what == "undead":
     multiprocessing.process.BaseProcess.kill = multiprocessing.process.BaseProcess.terminate = lambda *_: None
 if mine and what == "pause":

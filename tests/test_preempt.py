@@ -18,8 +18,8 @@ pytestmark = pytest.mark.distributed
 
 USR1, USR2, TERM = signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM
 STEPS = 20
-# Of those that stop after a signal: long before the 60 s after which a run that waits for a read would be given up.
-SECONDS_TO_STOP = 30
+# Of those that stop after a signal: long before the 22 minutes after which a run that stands still would be ended.
+SECONDS_TO_STOP = 300
 
 
 class ForkedRuns(Runs):
@@ -28,11 +28,11 @@ class ForkedRuns(Runs):
     def __init__(self, folder: Path, forker: Forker):
         super().__init__(folder)
         self.forker = forker
-        self.mark, self.go = folder / "mark", folder / "mark.go"
+        self.mark, self.go, self.late = (folder / name for name in ("mark", "mark.go", "mark.late"))
 
     def start(self, name: str, *settings: str, ranks: int = 2, blocked: bool = False, **environment: str):
         port = free_port()
-        for path in (self.mark, self.go):
+        for path in (self.mark, self.go, self.late):
             path.unlink(missing_ok=True)
         environment["MARK"] = str(self.mark)
         command = self.worker(name, *settings)
@@ -77,8 +77,8 @@ def runs(tmp_path_factory, forker):
     return runs
 
 
-def ended(processes, seconds: float = SECONDS_TO_STOP) -> tuple[list[int], str]:
-    return finish(processes, timeout=seconds, end_peers=False)
+def ended(processes) -> tuple[list[int], str]:
+    return finish(processes, timeout=SECONDS_TO_STOP, end_peers=False)
 
 
 def send(process, *numbers: int) -> None:
@@ -87,7 +87,10 @@ def send(process, *numbers: int) -> None:
 
 
 def waits(process) -> bool:
-    """Whether a process does no more than look, now and then, whether it may go on: two ticks in half a second."""
+    """Whether a process does no more than look, now and then, whether it may go on: two ticks in half a second.
+
+    On a busy machine one that was given no processor looks the same.
+    """
 
     def used() -> int:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -105,6 +108,8 @@ def test_no_signal_at_any_moment_is_lost_or_changes_what_is_trained(runs):
         for number in first:
             send(processes[number], *first[number])
         if then:
+            if kill.startswith("stuck"):
+                wait_for(runs.late.exists, processes)
             wait_for(lambda: waits(processes[0]) and waits(processes[1]), processes)
         for number in then:
             send(processes[number], *then[number])
@@ -148,7 +153,7 @@ def test_signal_that_waits_while_python_starts_stops_the_run_before_its_first_st
         files = Path(f"/proc/{process.pid}")
         wait_for(lambda: is_blocked(files) and sign in (files / "maps").read_text(), [process])
         send(process, *sent)
-        codes, output = ended([process], 60)
+        codes, output = ended([process])
         assert codes == [75], output
         assert "stopped and saved at step 0" in output
         assert runs.newest("waiting") == 0
@@ -188,14 +193,14 @@ def test_worker_that_nothing_ends_does_not_hold_the_exit(runs):
     assert codes == [75], output
     (fifo,) = runs.folder.glob("undead.mark.fifo.*")
     worker = int(fifo.suffix.removeprefix("."))
-    wait_for(lambda: not is_alive(worker), [], timeout=30)  # the kernel kills it with its parent, a moment later
+    wait_for(lambda: not is_alive(worker), [])  # the kernel kills it with its parent, a moment later
 
 
 def test_missing_data_weighs_more_than_a_requeue_and_both_are_saved(runs, tmp_path):
     shards = shutil.copytree(runs.train, tmp_path / runs.train.name)  # a checkpoint names its corpus by the folder
     settings = (f"data.shards={shards}", "data.num_workers=0")
     processes = runs.start("both", *settings, KILL="both:3", KILL_RANK="1")
-    codes, output = ended(processes, 60)
+    codes, output = ended(processes)
     assert codes == [2, 2], output
     assert "its index says" in output
     assert runs.newest("both") == 4
@@ -217,7 +222,7 @@ interruption = Interruption(join_world(1).control)
 
 def alone(program: str) -> str:
     """What a process that listens by itself prints."""
-    done = subprocess.run([sys.executable, "-c", ALONE + program], text=True, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ALONE + program], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -237,6 +242,8 @@ with listening(interruption):
 
 def test_term_that_slurm_sends_twice_at_once_is_one():
     said = alone("""
+from msm_dist.engine import preempt
+preempt.SECOND_SECONDS = 60.0
 with listening(interruption):
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -242,11 +242,11 @@ class CpuMeter:
     """Bytes of the CPU allocator, from the profiler's record of allocations.
 
     The profiler does not see what gloo's threads release. So a collective is waited for until they have let go of its
-    tensors (`_settled`); what a collective made for itself is dropped at the next mark, and anything of which the
-    address is given out again.
+    tensors (`_settled`); what it made for itself is dropped then, and anything of which the address is given out again.
     """
 
     MARK = "meter: "
+    SETTLED = f"{MARK}settled"
 
     def __init__(self):
         self.live: dict[str, float] = {}
@@ -270,19 +270,20 @@ class CpuMeter:
         total, phase = 0, ""
         sizes: dict[int, int] = {}
         addresses: list[int] = []
-        own: list[int] = []  # made by a collective for itself
+        own: set[int] = set()  # made by a collective for itself
 
         def drop(address: int) -> int:
             addresses.pop(bisect.bisect_left(addresses, address))
+            own.discard(address)
             return sizes.pop(address)
 
         for event in sorted(_events(tree), key=lambda event: event[0]):
             _, name, address, size, in_collective = event
             if name is not None:
-                for temporary in own:
-                    total -= drop(temporary) if temporary in sizes else 0
-                own, phase = [], name.removeprefix(self.MARK)
-                self.live[phase] = self.peaks[phase] = total
+                total -= sum(drop(temporary) for temporary in list(own))
+                if name != self.SETTLED:
+                    phase = name.removeprefix(self.MARK)
+                    self.live[phase] = self.peaks[phase] = total
             elif size < 0:
                 total -= drop(address) if address in sizes else 0
             else:
@@ -294,7 +295,8 @@ class CpuMeter:
                 addresses.insert(first, address)
                 sizes[address] = size
                 total += size
-                own += [address] * in_collective
+                if in_collective:
+                    own.add(address)
                 self.peaks[phase] = max(self.peaks.get(phase, 0), total)
 
 
@@ -332,7 +334,8 @@ def _settle(collective: Callable[..., Any], *arguments: Any, **options: Any) -> 
         if time.monotonic() > deadline:
             raise TimeoutError(f"gloo still holds the tensors of {collective} after {SETTLE_SECONDS} s")
         time.sleep(0.0002)
-    return work
+    with torch.profiler.record_function(CpuMeter.SETTLED):
+        return work
 
 
 def _events(tree: Sequence[Any]) -> Iterator[tuple[int, str | None, int, int, bool]]:

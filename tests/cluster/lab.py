@@ -85,15 +85,15 @@ class Lab:
 
     def wait_healthy(self) -> None:
         """Wait until both nodes can take jobs."""
-        wait(self._is_healthy, "both nodes to take jobs", 90)
+        wait(self._is_healthy, "both nodes to take jobs")
 
     def _is_healthy(self) -> bool:
         done = subprocess.run(["bash", str(SCRIPT), "status"], env=self.environment, cwd=ROOT, capture_output=True)
         return done.returncode == 0
 
 
-def wait(ready: Callable[[], T], what: str, seconds: float = 150, tell: Callable[[], str] = str) -> T:
-    """Poll until `ready` gives something true; fails with `tell` after `seconds`."""
+def wait(ready: Callable[[], T], what: str, seconds: float = 600, tell: Callable[[], str] = str) -> T:
+    """Poll until `ready` gives something true; fails with `tell` after `seconds`, more than any busy machine needs."""
     deadline = time.monotonic() + seconds
     while not (result := ready()):
         if time.monotonic() > deadline:
@@ -125,10 +125,10 @@ def standing(suffix: str = "", **settings: str) -> Iterator[Lab]:
     with open(f"/run/lock/{name}{suffix}.tests", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            cluster.script("up", timeout=300)
+            cluster.script("up", timeout=600)
             yield cluster
         finally:
-            cluster.script("down", timeout=60)
+            cluster.script("down", timeout=300)
 
 
 @pytest.fixture(scope="session")

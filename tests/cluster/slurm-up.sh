@@ -13,7 +13,7 @@
 #   slurm-up.sh slurmd-start N start the slurmd of N again
 #   slurm-up.sh net-cut N     unplug N's network cable;  net-join N plugs it in again
 #   slurm-up.sh link-cut      cut the nodes off from each other only: Slurm still reaches them all;
-#                             link-join mends that
+#                             link-join mends that, and waits until they reach each other
 #   slurm-up.sh ctld-restart  stop and start slurmctld (state kept)
 #   slurm-up.sh install       only the apt-get step
 #
@@ -32,7 +32,7 @@
 #   SLURM_LAB_EXTRA=              more slurm.conf lines (the last value of a key wins)
 #   SLURM_LAB_CPUS=16 SLURM_LAB_MEM=64000   what each node claims to have (MB)
 #   SLURM_LAB_SLURMDBD=0          1: MariaDB + slurmdbd, so sacct/QOS/accounts work
-#   SLURM_LAB_NODE_TIMEOUT=5      SlurmdTimeout: a dead node is DOWN after about 3 times this
+#   SLURM_LAB_NODE_TIMEOUT=15     SlurmdTimeout: a dead node is DOWN after about 3 times this
 #   SLURM_LAB_KEEP=0              1: `up` keeps the job state of an earlier run
 #
 # up, down and install must be run outside (not under `exec`); everything else may be
@@ -48,7 +48,7 @@ CPUS=${SLURM_LAB_CPUS:-16}
 MEM=${SLURM_LAB_MEM:-64000}
 DBD=${SLURM_LAB_SLURMDBD:-0}
 KEEP=${SLURM_LAB_KEEP:-0}
-NODE_TIMEOUT=${SLURM_LAB_NODE_TIMEOUT:-5}
+NODE_TIMEOUT=${SLURM_LAB_NODE_TIMEOUT:-15}
 GPU_TYPE=${SLURM_LAB_GPU_TYPE:-}
 FEATURES=${SLURM_LAB_FEATURES:-}
 EXTRA=${SLURM_LAB_EXTRA:-}
@@ -148,8 +148,9 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start again (default 120 s)
-AuthInfo=socket=$LAB/munge/socket,cred_expire=5
+# cred_expire is also how long a requeued job waits before it may start again (default 120 s); where a launch
+# takes longer, it fails
+AuthInfo=socket=$LAB/munge/socket,cred_expire=15
 StateSaveLocation=$LAB/state
 SlurmdSpoolDir=$LAB/%n/spool
 SlurmctldPidFile=$LAB/slurmctld.pid
@@ -172,15 +173,16 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=100
-# short clocks, for tests
+# Short clocks, for tests, where they have to run out; long ones where a busy machine must not make them run out.
+# KillWait is Slurm's default: what is left to save between TERM and KILL.
 SlurmctldTimeout=10
 SlurmdTimeout=$NODE_TIMEOUT
-MessageTimeout=5
-KillWait=5
+MessageTimeout=30
+KillWait=30
 WaitTime=0
 InactiveLimit=0
-MinJobAge=600
-BatchStartTimeout=10
+MinJobAge=3600
+BatchStartTimeout=120
 CompleteWait=0
 ReturnToService=2
 JobRequeue=1
@@ -209,7 +211,7 @@ CONF
       echo "NodeName=$n NodeAddr=$NET.$i CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEM $gres ${FEATURES:+Feature=$FEATURES} State=UNKNOWN"
     done
     echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP"
-    echo "PartitionName=low   Nodes=ALL MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=10 State=UP"
+    echo "PartitionName=low   Nodes=ALL MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=60 State=UP"
     echo "PartitionName=high  Nodes=ALL MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF State=UP"
   } > "$LAB/etc/slurm.conf"
   # what `ip netns exec` binds over /etc/... inside each namespace
@@ -243,7 +245,7 @@ node_up() {
   install -d -m 755 "$LAB/$n/spool"; rm -f "$LAB/$n/init.pid"
   setsid ip netns exec $P-"$n" unshare --uts --pid --mount --fork -- \
     bash "$SELF" --node-init "$n" "$LAB" < /dev/null > "$LAB/log/init.$n.log" 2>&1 9>&- &
-  for ((i = 0; i < 100; i++)); do [ -n "$(init_pid "$n")" ] && [ -s "$LAB/$n/slurmd.pid" ] && return 0; sleep 0.05; done
+  for ((i = 0; i < 2400; i++)); do [ -n "$(init_pid "$n")" ] && [ -s "$LAB/$n/slurmd.pid" ] && return 0; sleep 0.05; done
   cat "$LAB/log/init.$n.log" >&2; die "node $n did not start"
 }
 node_init() { # PID 1 of a node; /proc is still the parent's here, so it names our outer PID
@@ -265,6 +267,17 @@ node_kill() { local p; p=$(init_pid "$1")
   ip -n $P-ctl link set "p-$1" down 2>/dev/null || true
   [ -z "$p" ] || kill -9 "$p"
   local i; for ((i = 0; i < 100; i++)); do alive "$p" || break; sleep 0.05; done; rm -f "$LAB/$1/init.pid" "$LAB/$1/slurmd.pid"; }
+
+meet() { # a search for a neighbour that began during a cut fails up to 3 s after it
+  local n other i
+  for n in $(names); do for other in $(names); do
+    for ((i = 0; i < 300; i++)); do
+      on_node "$n" timeout 1 bash -c ": < /dev/tcp/$other/6818" 2>/dev/null && break
+      sleep 0.2
+    done
+    [ $i -lt 300 ] || die "$n does not reach $other"
+  done; done
+}
 
 # ---------------------------------------------------------------- accounting (optional)
 dbd_conf() {
@@ -314,7 +327,7 @@ healthy() {
   alive "$(pidof_file "$LAB/slurmctld.pid")" slurmctld || return 1
   [ "$DBD" = 0 ] || alive "$(pidof_file "$LAB/slurmdbd.pid")" slurmdbd || return 1
   for n in $(names); do [ -n "$(init_pid "$n")" ] || return 1; done
-  [ "$(on_ctl timeout 10 sinfo -h -N -p debug -o '%T' 2>/dev/null | grep -cE '^(idle|mixed|allocated|completing)$')" = "$NODES" ]
+  [ "$(on_ctl timeout 10 sinfo -h -N -p debug -o '%T' 2>/dev/null | grep -cE '^(idle|planned|mixed|allocated|completing)$')" = "$NODES" ]
 }
 do_up() {
   do_install
@@ -325,9 +338,9 @@ do_up() {
   [ "$KEEP" = 1 ] || rm -rf "$LAB/state" "$LAB/mysql" "$LAB/log" "$LAB"/n*/spool
   write_conf; net_up; munge_up; dbd_up; ctld_up
   local n i; for n in $(names); do node_up "$n"; done
-  for ((i = 0; i < 300; i++)); do
+  for ((i = 0; i < 1200; i++)); do
     healthy && { say "up: $NODES nodes"; return 0; }
-    alive "$(pidof_file "$LAB/slurmctld.pid")" slurmctld || { grep -E 'fatal|error' "$LAB/log/slurmctld.log" | tail -5 >&2; die "slurmctld died"; }
+    [ ! -s "$LAB/slurmctld.pid" ] || alive "$(pidof_file "$LAB/slurmctld.pid")" slurmctld || { grep -E 'fatal|error' "$LAB/log/slurmctld.log" | tail -5 >&2; die "slurmctld died"; }
     sleep 0.1
   done
   tail -n 20 "$LAB"/log/*.log >&2; die "cluster did not become healthy"
@@ -370,7 +383,7 @@ case $cmd in
   net-join) ip -n $P-ctl link set p-"$1" up ;;
   link-cut) # a bridge forwards nothing between isolated ports; slurmctld sits on the bridge itself
     for n in $(names); do ip -n $P-ctl link set "p-$n" type bridge_slave isolated on; done ;;
-  link-join) for n in $(names); do ip -n $P-ctl link set "p-$n" type bridge_slave isolated off; done ;;
+  link-join) for n in $(names); do ip -n $P-ctl link set "p-$n" type bridge_slave isolated off; done; meet ;;
   ctld-restart) stop_pid "$LAB/slurmctld.pid" slurmctld; ctld_up ;;
   --node-init) node_init "$@" ;;
   *) sed -n '2,/^set -/p' "$SELF" | sed '$d; s/^# \{0,1\}//' >&2; exit 2 ;;

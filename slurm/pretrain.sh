@@ -65,6 +65,20 @@ echo "== $(date -Is) ======"
 WORLD_SIZE=$ranks "${hold[@]}" python -m msm_dist.allocation begins "$@"
 echo "tasks      $SLURM_JOB_NUM_NODES nodes x $tasks tasks x $cpus CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node"
 
+# Ranks that srun has not started yet don't hear a signal; of one that is repeated they have heard the first.
+pass_on() {
+  if [ -z "$teller" ]; then
+    {
+      trap '' USR1 USR2
+      while kill -0 "$srun" 2>/dev/null; do
+        scancel --signal=USR1 "$SLURM_JOB_ID" || true
+        sleep 10
+      done
+    } &
+    teller=$!
+  fi
+}
+
 code=75
 if [ "$asked" -eq 0 ]; then
   # Where nodes can't reach each other srun would wait for the others' tasks until the time limit.
@@ -72,7 +86,9 @@ if [ "$asked" -eq 0 ]; then
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 "${hold[@]}" python -u -m msm_dist.pretrain "$@" &
   srun=$!
-  trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 USR2
+  teller=
+  trap pass_on USR1 USR2
+  if [ "$asked" -ne 0 ]; then pass_on; fi # it came since the look above
   while :; do # a signal to this shell ends `wait`, not srun
     code=0
     wait "$srun" || code=$?

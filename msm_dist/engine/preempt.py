@@ -152,12 +152,14 @@ def _hear_beside(receiver: socket.socket, interruption: Interruption) -> None:
         number = numbers[0]
         if number not in (*REQUEUE_SIGNALS, *STOP_SIGNALS, PARENT_DIED):
             continue  # every signal that Python handles comes here, such as a CONT that others listen to
-        since = time.monotonic() - received.setdefault(number, time.monotonic())
+        since = time.monotonic() - received.get(number, time.monotonic())
         if number in STOP_SIGNALS and since >= SECOND_SECONDS:
             os._exit(128 + number)
         if (reason := _reason(number)) > told:
             interruption.tell(reason, number)
             told = reason
+        # From here on: one that came while others were told, which can take seconds, was not waited for.
+        received.setdefault(number, time.monotonic())
 
 
 def _reason(number: int) -> int:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.cluster.lab import ROOT, SCRIPT, Lab, steps_done, wait
 from tests.test_pretrain import Runs
+from tests.test_slurm_pretrain import PACED
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 PAGE = ROOT / "docs" / "operations.md"
 RANK = "python[^ ]* -u -m msm_dist.pretrain"
@@ -38,9 +39,10 @@ def nothing_left(lab: Lab) -> bool:
 def test_script_for_srun_is_requeued_and_goes_on(lab: Lab, runs: Runs, tmp_path: Path) -> None:
     script, log = tmp_path / "pretrain-deepspeed.sh", tmp_path / "log"
     script.write_text(block("#!/usr/bin/env bash"))
+    (tmp_path / "sitecustomize.py").write_text(PACED)
     command = runs.command("srun", *SETTINGS)
     options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--chdir={tmp_path}", f"--output={log}")
-    job = lab.sbatch(*options, str(script), *command, PYTHONPATH=str(ROOT))
+    job = lab.sbatch(*options, str(script), *command, PYTHONPATH=f"{tmp_path}:{ROOT}")
 
     def tell() -> str:
         return f"{lab.job(job)}\n{log.read_text() if log.exists() else 'no log'}"
@@ -57,7 +59,7 @@ def test_script_for_srun_is_requeued_and_goes_on(lab: Lab, runs: Runs, tmp_path:
     assert saved and continued and int(saved[1]) == int(continued[1]), tell()
     assert [line["step"] for line in runs.metrics("srun") if "loss" in line] == list(range(1, STEPS + 1))
     assert "2 x CPU" in log.read_text()
-    assert nothing_left(lab)
+    wait(lambda: nothing_left(lab), "no process to be left", 60, tell)
 
 
 def test_without_ssh_a_signal_to_one_rank_ends_both_hosts_saved(lab: Lab, runs: Runs, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_without_ssh_a_signal_to_one_rank_ends_both_hosts_saved(lab: Lab, runs: 
     try:
         wait(lambda: steps_done(runs.folder / "no_ssh") >= 3, "step 3", tell=tell)
         lab.kill("n2", "USR1", lab.pids("n2", RANK)[0])
-        assert [launcher.wait(60) for launcher in launchers] == [75, 75], tell()
+        assert [launcher.wait(600) for launcher in launchers] == [75, 75], tell()
     finally:
         for launcher in launchers:
             launcher.kill()

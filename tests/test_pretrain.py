@@ -16,6 +16,7 @@ import torch
 
 from msm_dist.data.index import load_index, members
 from msm_dist.engine.checkpoint import is_complete
+from tests.chaos.faulty import WRITE, Faulty, Where
 from tests.corpus import write_corpus
 from tests.processes import HERE, free_port, rank_environment
 
@@ -285,9 +286,10 @@ def test_run_whose_last_checkpoint_can_not_be_written_is_not_finished(runs):
 
 def test_second_signal_does_not_wait_for_a_checkpoint_being_written(runs):
     processes = runs.start("impatient", "checkpoint.every=2", ranks=1, KILL="disk:600")
-    metrics = runs.folder / "impatient" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, processes)
-    deadline = time.monotonic() + 60
+    metrics, partial = (runs.folder / "impatient" / name for name in ("metrics.jsonl", "checkpoints"))
+    partial /= "step-00000002.partial"
+    wait_for(lambda: partial.exists() and len(metrics.read_text().splitlines()) >= 3, processes)
+    deadline = time.monotonic() + 300
     while processes[0].poll() is None:
         assert time.monotonic() < deadline
         processes[0].send_signal(signal.SIGTERM)
@@ -308,7 +310,7 @@ def test_rank_that_is_killed_is_missed_at_once_by_the_others(runs):
 def test_signal_to_one_rank_stops_all_after_a_save_and_the_run_continues(runs, sent, expected):
     name = f"signal-{sent.name}"
     ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it would be inherited where nohup started the tests
-    processes = runs.start(name, KILL="slow:0.2")
+    processes = runs.start(name, KILL="slow:1")  # the signal comes in the midst of them, ten steps before the end
     signal.signal(signal.SIGHUP, ignored)
     metrics = runs.folder / name / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, processes)
@@ -451,12 +453,12 @@ def test_full_disk_stops_all_ranks_with_one_message_and_the_last_checkpoint_whol
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def launch(runs: Runs, name: str, ranks: int, *settings: str) -> subprocess.Popen:
+def launch(runs: Runs, name: str, ranks: int, *settings: str, **environment: str) -> subprocess.Popen:
     script = Path(sys.executable).with_name("deepspeed")
     door = [str(script), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     return subprocess.Popen(
         [*door, "--module", "msm_dist.pretrain", *runs.command(name, *settings)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -480,13 +482,14 @@ def test_torchrun_starts_the_same_run(runs):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_launcher_leaves_no_orphans_and_the_same_command_continues(runs, ranks):
-    name = f"launched-{ranks}"
+def test_killed_launcher_leaves_no_orphans_and_the_same_command_continues(runs, ranks, tmp_path):
+    name, faulty = f"launched-{ranks}", Faulty(tmp_path)
     settings = ["train.steps=80", "train.valid_every=80", "checkpoint.every=30"]
-    first = launch(runs, name, ranks, *settings)
-    metrics = runs.folder / name / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, [first])
+    hold = faulty.pause(Where(WRITE, f"{runs.folder}/{name}/metrics.jsonl", '{"step": 4, "loss"'))
+    first = launch(runs, name, ranks, *settings, **faulty.environment)
+    wait_for(hold.is_reached, [first])
     first.kill()
+    hold.let_go()
     first.communicate()
     second = launch(runs, name, ranks, *settings)
     output = second.communicate(timeout=600)[0]

@@ -7,6 +7,7 @@ with a run that met none.
 import copy
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from tests.cluster.lab import Lab, standing, steps_done, wait
 from tests.test_pretrain import Runs
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 STEPS = 60
 SETTINGS = [
@@ -30,7 +31,8 @@ SETTINGS = [
     "checkpoint.every=10",
     "data.shuffle_window=16",
 ]
-RANK = "python -u -m msm_dist.pretrain"
+RANK = "^[^ ]*python[^ ]* -u -m msm_dist.pretrain"
+"""Not `env --block-signal=... python -u ...`, which it is before: what matches holds its signals back."""
 PACED = """
 import os, sys, time
 
@@ -42,14 +44,23 @@ if is_rank and "SLURM_RESTART_COUNT" not in os.environ:
 
     def train_in_time(self, step, values):
         train(self, step, values)
-        time.sleep(0.5 if self.writes and step >= 10 else 0)
+        time.sleep((0 if step < 10 else 0.5 if step < 30 else 3) if self.writes else 0)
 
     Monitor.train = train_in_time
 """
 """What Python runs first: a job's first start takes half a second a step from step 10 on, however fast the machine is.
 
-So an accident at step 15 comes 20 s before the run's end.
+From step 30 on, where accidents are over, it takes three, for a test that is late: an accident at step 15 comes 100 s
+before the run's end.
 """
+SAVES_LATE = """
+if is_rank and "SLURM_RESTART_COUNT" not in os.environ:
+    from msm_dist.engine.saving import Saver
+
+    finish = Saver.finish
+    Saver.finish = lambda self: [time.sleep(10), finish(self)]
+"""
+"""Likewise: the save at the end of that start takes ten seconds."""
 STICKS = """
 import os, signal, time
 
@@ -62,8 +73,25 @@ os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGWINCH, stick)
 """Likewise: a loader worker that gets WINCH never reads on, as from a dead file server."""
 
 
+HELD_UP = """#!/bin/sh
+here={folder}/$(basename "$0")-${{SLURM_RESTART_COUNT:-0}}
+case $here in
+*/scontrol-0 | */srun-1)
+  if [ ! -e "$here" ]; then
+    touch "$here"
+    until [ -e "$here.go" ]; do sleep 0.1; done
+    sleep 3
+  fi ;;
+esac
+exec {program} "$@"
+"""
+"""A program of Slurm that waits to be let go on, and 3 s more for a signal on its way: in one start of a job each."""
+
+
 class ClusterRuns(Runs):
     """Runs of the quickstart's configuration, submitted as jobs."""
+
+    rank = RANK
 
     def __init__(self, folder: Path, lab: Lab):
         super().__init__(folder)
@@ -109,6 +137,19 @@ class ClusterRuns(Runs):
     def requeued(self, job: str, times: int) -> None:
         """Wait until a job was requeued so many times."""
         self.wait(lambda: self.lab.restarts(job) >= times, job, f"requeue {times}")
+
+    def start_again(self, job: str) -> None:
+        """Wait for the ranks of a further start, as soon as they are there: long before Python has its handlers."""
+
+        def are_there() -> bool:
+            is_running = self.lab.job(job)["JobState"] == "RUNNING"
+            return is_running and all(self.lab.pids(node, self.rank) for node in ("n1", "n2"))
+
+        self.wait(are_there, job, "the ranks of the next start")
+
+    def give_time(self, job: str) -> None:
+        """Set the time limit anew: one that EndTime has moved is that of the next start too."""
+        self.lab.run("scontrol", "update", f"jobid={job}", "TimeLimit=30")
 
     def end(self, job: str) -> dict[str, str]:
         """What Slurm says of a job when it has ended for good."""
@@ -185,23 +226,30 @@ def test_time_limit_without_a_signal_before_it_is_saved(runs: ClusterRuns) -> No
     wait(lambda: saved_steps(runs.log(job)), "the save", tell=lambda: runs.tell(job))
 
 
-def test_signal_to_the_batch_script_alone_is_passed_on(runs: ClusterRuns) -> None:
-    job = runs.submit("batch", "train.steps=100000")
-    runs.wait(lambda: "== " in runs.log(job), job, "the script's first line")
-    runs.lab.run("scancel", "--batch", "--signal=USR1", job)  # before there are ranks
-    runs.requeued(job, 1)
-    runs.reach("batch", job, 5)
+def test_signal_to_the_batch_script_alone_is_passed_on(runs: ClusterRuns, tmp_path: Path) -> None:
+    path = runs.lab.environment["PATH"]
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).write_text(HELD_UP.format(folder=tmp_path, program=shutil.which(name, path=path)))
+        (tmp_path / name).chmod(0o755)
+    job = runs.submit("batch", "train.steps=100000", PATH=f"{tmp_path}:{path}")
+    # Before srun, and while srun has started no rank yet.
+    for times, name in enumerate(("scontrol-0", "srun-1"), 1):
+        runs.wait((tmp_path / name).exists, job, name)
+        runs.lab.run("scancel", "--batch", "--signal=USR1", job)
+        (tmp_path / f"{name}.go").touch()
+        runs.requeued(job, times)
+    (saved,) = saved_steps(runs.log(job))  # the second start has trained until it was told again
+    runs.reach("batch", job, saved + 5)
     runs.lab.run("scancel", "--batch", "--signal=USR1", job)
-    runs.requeued(job, 2)
-    # The first one may have been passed on to ranks that had not begun.
-    assert saved_steps(runs.log(job))[-1] >= 5
+    runs.requeued(job, 3)
+    assert saved_steps(runs.log(job))[-1] >= saved + 5
     runs.lab.run("scancel", job)
     runs.end(job)
 
 
 def test_job_that_is_cancelled_while_it_saves_stays_cancelled(runs: ClusterRuns) -> None:
-    job = runs.submit("twice", "train.steps=100000")
-    runs.reach("twice", job, 5)
+    job = runs.submit_paced("twice", also=SAVES_LATE)
+    runs.reach("twice", job, 15)
     runs.lab.signal(job, "USR1")
     runs.lab.run("scancel", job)
     ended = runs.end(job)
@@ -226,8 +274,7 @@ def test_signals_in_a_row_and_during_the_start(runs: ClusterRuns) -> None:
     for name in ("USR1", "USR2", "USR1", "TERM"):
         runs.lab.signal(job, name)
     runs.requeued(job, 1)
-    # As soon as the ranks of the new start are there: long before Python has its handlers.
-    runs.wait(lambda: runs.lab.job(job)["JobState"] == "RUNNING" and runs.lab.pids("n2", RANK), job, "the second start")
+    runs.start_again(job)
     runs.lab.signal(job, "USR1")
     runs.requeued(job, 2)
     runs.finish(job)
@@ -241,6 +288,7 @@ def test_time_limit_requeues(runs: ClusterRuns) -> None:
     runs.reach("time_limit", job, 10)
     runs.lab.run("scontrol", "update", f"jobid={job}", "EndTime=now+75seconds")
     runs.requeued(job, 1)
+    runs.give_time(job)
     runs.wait(lambda: continued_from(runs.log(job)), job, "the second start")
     log = runs.log(job)
     assert continued_from(log) == saved_steps(log) != [], log
@@ -314,7 +362,8 @@ def test_killed_rank_ends_the_job_with_a_clear_last_line(runs: ClusterRuns) -> N
 
 def test_network_cut_between_nodes_ends_the_job(runs: ClusterRuns) -> None:
     # Slurm still reaches both nodes: only those that see no progress can end this.
-    job = runs.submit_paced("cut", "engine.timeout_minutes=0.5")
+    # No part of a start may take three quarters of the time-out either.
+    job = runs.submit_paced("cut", "engine.timeout_minutes=2")
     try:
         runs.reach("cut", job, 15)
         runs.lab.script("link-cut")
@@ -348,5 +397,5 @@ def test_signal_while_a_worker_is_stuck(runs: ClusterRuns) -> None:
 
 def is_advancing(folder: Path) -> bool:
     before = steps_done(folder)
-    time.sleep(3)
+    time.sleep(10)
     return steps_done(folder) > before

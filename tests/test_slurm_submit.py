@@ -10,17 +10,19 @@ import pytest
 
 from msm_dist.snapshot import PACKAGES, take_snapshot
 from tests.cluster.lab import Lab, standing, wait
-from tests.test_slurm_pretrain import ClusterRuns, continued_from, saved_steps
+from tests.test_slurm_pretrain import SAVES_LATE, ClusterRuns, continued_from, saved_steps
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
-RANK = "submitit.core._submit"
+RANK = "^[^ ]*python[^ ]* -u -m submitit.core._submit"
 SUBMIT = (sys.executable, "-m", "msm_dist", "submit")
 SHORT = ("train.steps=2", "train.valid_every=2", "optim.warmup_steps=0")
 
 
 class SubmittedRuns(ClusterRuns):
     """Runs of the quickstart's configuration, submitted through submitit."""
+
+    rank = RANK
 
     def submit(self, name: str, *words: str, **environment: str) -> str:
         """A job of two nodes with one task each, unless `words` say otherwise; its number."""
@@ -54,8 +56,7 @@ def test_signal_to_one_rank_and_during_the_start_requeues_all(runs: SubmittedRun
     runs.reach("one_rank", job, 15)
     runs.lab.kill("n2", "USR2", runs.lab.pids("n2", RANK)[0])
     runs.requeued(job, 1)
-    # As soon as the ranks of the new start are there: long before Python has its handlers.
-    runs.wait(lambda: runs.lab.job(job)["JobState"] == "RUNNING" and runs.lab.pids("n2", RANK), job, "the second start")
+    runs.start_again(job)
     runs.lab.signal(job, "USR2")
     runs.requeued(job, 2)
     runs.finish(job)
@@ -97,8 +98,8 @@ def test_cancelled_job_saves_and_stays_cancelled_and_a_second_one_is_refused_mea
 
 
 def test_job_that_is_cancelled_while_it_saves_stays_cancelled(runs: SubmittedRuns) -> None:
-    job = runs.submit("twice")
-    runs.reach("twice", job, 5)
+    job = runs.submit_paced("twice", also=SAVES_LATE)
+    runs.reach("twice", job, 15)
     runs.lab.signal(job, "USR2")
     runs.lab.run("scancel", job)
     ended = runs.end(job)
@@ -107,10 +108,12 @@ def test_job_that_is_cancelled_while_it_saves_stays_cancelled(runs: SubmittedRun
 
 def test_time_outs_are_counted_down_to_an_end_that_is_saved(runs: SubmittedRuns) -> None:
     job = runs.submit("limited", "train.steps=100000", "--time=7", "--max-timeouts=1")
+    runs.give_time(job)  # to submitit it has 7 minutes, which makes every signal a time-out
     runs.reach("limited", job, 10)
     # The job is told 300 s before its limit: that is now, so Slurm looks at its clock for it.
     runs.lab.run("scontrol", "update", f"jobid={job}", "EndTime=now+301seconds")
     runs.requeued(job, 1)
+    runs.give_time(job)
     runs.wait(lambda: continued_from(runs.log(job)), job, "the second start")
     runs.lab.signal(job, "USR2")
     assert runs.end(job)["JobState"] == "FAILED"

@@ -363,7 +363,7 @@ def test_killed_rank_ends_the_job_with_a_clear_last_line(runs: ClusterRuns) -> N
 def test_network_cut_between_nodes_ends_the_job(runs: ClusterRuns) -> None:
     # Slurm still reaches both nodes: only those that see no progress can end this.
     # No part of a start may take three quarters of the time-out either.
-    job = runs.submit_paced("cut", "engine.timeout_minutes=2")
+    job = runs.submit_paced("cut", "engine.timeout_minutes=1")
     try:
         runs.reach("cut", job, 15)
         runs.lab.script("link-cut")

@@ -32,7 +32,7 @@
 #   SLURM_LAB_EXTRA=              more slurm.conf lines (the last value of a key wins)
 #   SLURM_LAB_CPUS=16 SLURM_LAB_MEM=64000   what each node claims to have (MB)
 #   SLURM_LAB_SLURMDBD=0          1: MariaDB + slurmdbd, so sacct/QOS/accounts work
-#   SLURM_LAB_NODE_TIMEOUT=15     SlurmdTimeout: a dead node is DOWN after about 3 times this
+#   SLURM_LAB_NODE_TIMEOUT=10     SlurmdTimeout: a dead node is DOWN after about 3 times this
 #   SLURM_LAB_KEEP=0              1: `up` keeps the job state of an earlier run
 #
 # up, down and install must be run outside (not under `exec`); everything else may be
@@ -48,7 +48,7 @@ CPUS=${SLURM_LAB_CPUS:-16}
 MEM=${SLURM_LAB_MEM:-64000}
 DBD=${SLURM_LAB_SLURMDBD:-0}
 KEEP=${SLURM_LAB_KEEP:-0}
-NODE_TIMEOUT=${SLURM_LAB_NODE_TIMEOUT:-15}
+NODE_TIMEOUT=${SLURM_LAB_NODE_TIMEOUT:-10}
 GPU_TYPE=${SLURM_LAB_GPU_TYPE:-}
 FEATURES=${SLURM_LAB_FEATURES:-}
 EXTRA=${SLURM_LAB_EXTRA:-}
@@ -150,7 +150,7 @@ AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again (default 120 s); where a launch
 # takes longer, it fails
-AuthInfo=socket=$LAB/munge/socket,cred_expire=15
+AuthInfo=socket=$LAB/munge/socket,cred_expire=10
 StateSaveLocation=$LAB/state
 SlurmdSpoolDir=$LAB/%n/spool
 SlurmctldPidFile=$LAB/slurmctld.pid

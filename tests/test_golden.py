@@ -19,7 +19,7 @@ def ramp(numel: int) -> torch.Tensor:
     return 0.02 * torch.sin(0.7 * torch.arange(numel, dtype=torch.float64))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def golden_model(frames: int, patch_size: str, generation: str = PAPER) -> MaskedSpectrogramModel:
     """The base model from a published state dict with 0.02 sin(0.7 n), plus 1 for the weights of norms.
 
@@ -33,6 +33,14 @@ def golden_model(frames: int, patch_size: str, generation: str = PAPER) -> Maske
         values = ramp(shape[0] // 3).repeat(3) if name.endswith("qkv.bias") else ramp(math.prod(shape))
         state[name] = (values.reshape(shape) + is_norm).float()
     return from_published(state).double()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_kept():
+    """A base model in float64 takes 0.8 GB."""
+    yield
+    golden_model.cache_clear()
+    ramp.cache_clear()
 
 
 def with_settings(model: MaskedSpectrogramModel, **settings) -> MaskedSpectrogramModel:
